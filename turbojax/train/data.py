@@ -41,7 +41,7 @@ HELD_OUT = frozenset(
 COMBINATIONS = tuple(itertools.product(COLOURS, SHAPES, MOTIONS))
 TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
 
-# The first is what people type; the others teach that words may be missing, and how a picture's motion is asked for.
+# The first is what people type; the others teach that words may be missing, as they are beside a picture.
 TEMPLATES = (
     ("a {colour} {shape} moving {motion}", 0.60),
     ("the {colour} {shape} moves {motion}", 0.14),
@@ -55,7 +55,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip. Lengths in pixels of a `SIZE` x `SIZE` frame; `radius` is that of the circle of equal area."""
+    """One clip. Lengths in pixels of a `SIZE` x `SIZE` frame; `radius` is the equal-area circle's."""
 
     colour: str
     shape: str
@@ -74,9 +74,7 @@ class Scene:
 
 # Outlines around the centroid, as corner directions, in units of the equal-area circle's radius.
 _SQUARE = np.sqrt(np.pi) / 2 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-_TRIANGLE = np.sqrt(4 * np.pi / np.sqrt(27)) * np.array(
-    [[0, -1], [np.sqrt(0.75), 0.5], [-np.sqrt(0.75), 0.5]]
-)
+_TRIANGLE = np.sqrt(4 * np.pi / np.sqrt(27)) * np.array([[0, -1], [np.sqrt(0.75), 0.5], [-np.sqrt(0.75), 0.5]])
 OUTLINES = {"square": _SQUARE, "triangle": _TRIANGLE}
 
 
@@ -93,7 +91,7 @@ def sample_scene(
     rng: np.random.Generator,
     combination: tuple[str, str, str],
     *,
-    radius: tuple[float, float] = (17.0, 27.0),
+    radius: tuple[float, float] = (18.0, 28.0),
     travel: tuple[float, float] = (30.0, 52.0),
     size: int = SIZE,
     frames: int = FRAMES,
@@ -124,7 +122,7 @@ def sample_scene(
 def coverage(
     shape: str, radius: float, centres: Float[np.ndarray, "T 2"], size: int = SIZE
 ) -> Float[np.ndarray, "T size size"]:
-    """How much of each pixel the shape covers, 0-1: its signed distance, clipped to one pixel around the edge."""
+    """How much of each pixel the shape covers, 0-1: signed distance, clipped to a pixel around the edge."""
     grid = np.arange(size, dtype=np.float32) + 0.5
     dx = grid[None, None, :] - centres[:, 0, None, None].astype(np.float32)
     dy = grid[None, :, None] - centres[:, 1, None, None].astype(np.float32)
@@ -142,9 +140,7 @@ def coverage(
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def render(
-    scene: Scene, *, frames: int = FRAMES, size: int = SIZE
-) -> UInt8[np.ndarray, "frames size size 3"]:
+def render(scene: Scene, *, frames: int = FRAMES, size: int = SIZE) -> UInt8[np.ndarray, "frames size size 3"]:
     """Draw a scene, edges antialiased."""
     cover = coverage(scene.shape, scene.radius, scene.positions(frames), size)[..., None]
     colour = np.asarray(scene.rgb, np.float32)

@@ -1,0 +1,89 @@
+"""What attention a model uses: one frozen config, one dispatch to the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Array, Float
+
+import pallas_kernels as kernels
+
+Kind = Literal["dense", "sage", "sla", "sagesla"]
+FeatureMap = Literal["softmax", "elu", "relu"]
+Implementation = Literal["xla", "mosaic_gpu", "interpret"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How self-attention is computed; hashable, so it is a static argument and never reloads a weight.
+
+    kind: "dense" (exact), "sage" (INT8 QK^T, FP8 PV), "sla" (block-sparse plus linear branch),
+        "sagesla" (SLA whose sparse branch is quantised).
+    topk: fraction of key blocks that each query block keeps (SLA kinds).
+    block_q, block_k: routing granularity in tokens.
+    implementation: None picks the fastest that the platform has; a named one that cannot run raises.
+    """
+
+    kind: Kind = "dense"
+    topk: float = 0.1
+    block_q: int = 128
+    block_k: int = 64
+    feature_map: FeatureMap = "softmax"
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dense", "sage", "sla", "sagesla"):
+            raise ValueError(f"unknown attention {self.kind!r}; known: dense, sage, sla, sagesla")
+        if not 0.0 < self.topk <= 1.0:
+            raise ValueError(f"topk must be in (0, 1], got {self.topk}")
+        if self.block_q < 1 or self.block_k < 1:
+            raise ValueError(f"block sizes must be positive, got {self.block_q} x {self.block_k}")
+
+
+DENSE = AttentionConfig()
+
+
+def attend(
+    q: Float[Array, "B L H d"],
+    k: Float[Array, "B S H d"],
+    v: Float[Array, "B S H d"],
+    config: AttentionConfig = DENSE,
+    proj_l: tuple[Float[Array, "d d"], Float[Array, "d"]] | None = None,
+) -> Float[Array, "B L H d"]:
+    """Scaled dot-product attention of the configured kind; `proj_l` is (weight [d, d] as (out, in), bias [d]).
+
+    Without `proj_l` an SLA kind is pure block-sparse attention: what SLA computes when proj_l is zero.
+    """
+    match config.kind:
+        case "dense":
+            return kernels.dense_attention(q, k, v, implementation=config.implementation)
+        case "sage":
+            return kernels.sage_attention(q, k, v, implementation=config.implementation)
+    quantized = config.kind == "sagesla"
+    if proj_l is None:
+        block_index = kernels.sla_block_map(q, k, topk=config.topk, block_q=config.block_q, block_k=config.block_k)
+        return kernels.block_sparse_attention(
+            q,
+            k,
+            v,
+            block_index,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            quantized=quantized,
+            implementation=config.implementation,
+        )
+    weight, bias = proj_l
+    return kernels.sparse_linear_attention(
+        q,
+        k,
+        v,
+        weight,
+        bias,
+        topk=config.topk,
+        block_q=config.block_q,
+        block_k=config.block_k,
+        quantized=quantized,
+        feature_map=config.feature_map,
+        implementation=config.implementation,
+    )

@@ -1,0 +1,216 @@
+"""The Wan diffusion transformer: latents, timestep and text context in, velocity out.
+
+    latents [B,t,h,w,C] --patchify--> tokens [B,L,D] --N blocks--> tokens --head, unpatchify--> velocity [B,t,h,w,C_out]
+
+Formulas: `wan/modules/model.py` of Wan 2.1 and 2.2 (one time embedding per sample). The N blocks are one `Block`
+whose parameters carry a leading layer axis, run by `lax.scan`: compile time and dispatch do not grow with depth.
+
+Precision: linear layers, attention and the residual stream run in `dtype` (bfloat16 unless told otherwise);
+norms, modulation, the time embedding and the head stay float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from turbojax.attention import DENSE, AttentionConfig, attend
+from turbojax.config import DiTConfig
+from turbojax.models.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    modulate,
+    rope_table,
+    timestep_embedding,
+)
+
+Rope = tuple[Float[Array, "L half"], Float[Array, "L half"]]
+
+
+class MLP(nnx.Module):
+    """Two linear layers; the caller picks the activation."""
+
+    def __init__(self, sizes: tuple[int, int, int], *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.linear_1 = Linear(sizes[0], sizes[1], rngs=rngs, dtype=dtype)
+        self.linear_2 = Linear(sizes[1], sizes[2], rngs=rngs, dtype=dtype)
+
+
+class Attention(nnx.Module):
+    """q, k, v, o with RMS norm of q and k over the full width; heads split after it."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, linear_branch: bool = False):
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, rngs=rngs, dtype=dtype) for _ in range(4))
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+        self.num_heads = config.num_heads
+        # SLA's projection of the linear branch, shared by the heads and zero at first.
+        self.proj_l = nnx.data(
+            Linear(config.head_dim, config.head_dim, rngs=rngs, dtype=dtype, scale=0.0) if linear_branch else None
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        source: Float[Array, "B S D"],
+        rope: Rope | None = None,
+        attention: AttentionConfig = DENSE,
+    ) -> Float[Array, "B L D"]:
+        def heads(y: Float[Array, "B L D"]) -> Float[Array, "B L H d"]:
+            return rearrange(y, "b l (n d) -> b l n d", n=self.num_heads)
+
+        q, k, v = heads(self.norm_q(self.q(x))), heads(self.norm_k(self.k(source))), heads(self.v(source))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        proj_l = None if self.proj_l is None else (self.proj_l.kernel[...].T, self.proj_l.bias[...])
+        out = attend(q, k, v, attention, proj_l)
+        return self.o(rearrange(out, "b l n d -> b l (n d)"))
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.up = Linear(config.dim, config.ffn_dim, rngs=rngs, dtype=dtype)
+        self.down = Linear(config.ffn_dim, config.dim, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Self-attention and feed-forward, each shifted, scaled and gated by the timestep; text by cross-attention."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.dim)) / config.dim**0.5)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, linear_branch=config.linear_branch)
+        self.cross_norm = LayerNorm(config.dim, config.eps)
+        self.cross_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.ffn = FeedForward(config, rngs=rngs, dtype=dtype)
+        self.eps = config.eps
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        time: Float[Array, "B 6 D"],
+        context: Float[Array, "B S D"],
+        rope: Rope,
+        attention: AttentionConfig,
+    ) -> Float[Array, "B L D"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation[...] + time, 6, axis=1)
+
+        def gated(x: Array, y: Array, gate: Array) -> Array:
+            return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
+
+        h = modulate(x, shift1, scale1, self.eps)
+        x = gated(x, self.self_attn(h, h, rope, attention), gate1)
+        x = x + self.cross_attn(self.cross_norm(x), context)
+        return gated(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+
+
+class WanDiT(nnx.Module):
+    """Wan 2.1 / 2.2 transformer; call it eagerly, or `nnx.split` it and `jax.jit` over the state."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None):
+        self.config = config
+        dtype = jnp.bfloat16 if dtype is None else jnp.dtype(dtype)
+        self.dtype = dtype
+        dim, f32 = config.dim, jnp.float32
+        self.patch_embedding = Linear(config.in_channels * config.patch_volume, dim, rngs=rngs, dtype=dtype)
+        self.text_embedding = MLP((config.text_dim, dim, dim), rngs=rngs, dtype=dtype)
+        self.time_embedding = MLP((config.freq_dim, dim, dim), rngs=rngs, dtype=f32)
+        self.time_projection = Linear(dim, 6 * dim, rngs=rngs, dtype=f32)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs, dtype=dtype)
+
+        self.blocks = stack(rngs)
+        self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, dim)) / dim**0.5)
+        # Zero, as Wan starts it: an untrained model predicts no velocity.
+        self.head = Linear(dim, config.out_channels * config.patch_volume, rngs=rngs, dtype=f32, scale=0.0)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B t h w C"],
+        timestep: Float[Array, "B"],
+        context: Float[Array, "B S text_dim"],
+        *,
+        attention: AttentionConfig = DENSE,
+        round_timestep: bool = False,
+        unroll: bool | int = 1,
+        remat: bool = False,
+    ) -> Float[Array, "B t h w C_out"]:
+        """Velocity noise - x0, float32 [B,t,h,w,out_channels].
+
+        latents: noisy latents, for I2V with 4 mask and 16 picture channels behind them; t, h, w multiples of the
+            patch (1, 2, 2).
+        timestep: in [0, 1000], 1000 = pure noise.
+        context: text encoder output; callers pad it (Wan: to 512 rows of zeros), the model neither pads nor masks.
+        round_timestep: round the timestep to bfloat16 first, as TurboDiffusion's sampler does.
+        unroll: layers per `lax.scan` step (True: a plain loop); remat: recompute each block in the backward pass.
+        Raises ValueError for a shape that the model cannot take.
+        """
+        config = self.config
+        _check(latents.shape, context.shape, config)
+        grid = tuple(n // p for n, p in zip(latents.shape[1:4], config.patch_size, strict=True))
+        tokens = self.patch_embedding(patchify(latents.astype(self.dtype), config.patch_size))
+        if round_timestep:
+            timestep = timestep.astype(jnp.bfloat16)
+        time, time6 = self.embed_time(timestep)
+        text = self.embed_text(context)
+        rope = tuple(map(jnp.asarray, rope_table(grid, config.head_dim)))
+
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graphdef, state)(x, time6, text, rope, attention), None
+
+        body = jax.checkpoint(layer) if remat else layer
+        tokens, _ = jax.lax.scan(body, tokens, stacked, unroll=unroll)
+
+        shift, scale = jnp.split(self.head_modulation[...] + time[:, None], 2, axis=1)
+        out = self.head(modulate(tokens.astype(jnp.float32), shift, scale, config.eps))
+        return unpatchify(out, grid, config.patch_size)
+
+    def embed_time(self, timestep: Float[Array, "B"]) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
+        """The time vector (for the head) and its six projections (for the blocks), float32."""
+        mlp = self.time_embedding
+        time = mlp.linear_2(jax.nn.silu(mlp.linear_1(timestep_embedding(timestep, self.config.freq_dim))))
+        return time, rearrange(self.time_projection(jax.nn.silu(time)), "b (six d) -> b six d", six=6)
+
+    def embed_text(self, context: Float[Array, "B S text_dim"]) -> Float[Array, "B S D"]:
+        """Text encoder rows to the model's width."""
+        mlp = self.text_embedding
+        return mlp.linear_2(jax.nn.gelu(mlp.linear_1(context.astype(self.dtype)), approximate=True))
+
+
+def patchify(latents: Float[Array, "B t h w C"], patch: tuple[int, int, int]) -> Float[Array, "B L features"]:
+    """Tokens in (t, h, w) order; features ordered (c, kt, kh, kw), as a flattened Conv3d weight expects."""
+    kt, kh, kw = patch
+    return rearrange(latents, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw)
+
+
+def unpatchify(
+    tokens: Float[Array, "B L features"], grid: tuple[int, ...], patch: tuple[int, int, int]
+) -> Float[Array, "B t h w C"]:
+    """Inverse of the head's order (kt, kh, kw, c): channels fastest, unlike `patchify`."""
+    (t, h, w), (kt, kh, kw) = grid, patch
+    return rearrange(
+        tokens,
+        "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c",
+        t=t, h=h, w=w, kt=kt, kh=kh, kw=kw,
+    )  # fmt: skip
+
+
+def _check(latents: tuple[int, ...], context: tuple[int, ...], config: DiTConfig) -> None:
+    if len(latents) != 5 or latents[-1] != config.in_channels:
+        raise ValueError(f"latents must be [B, t, h, w, {config.in_channels}], got {list(latents)}")
+    if any(n % p for n, p in zip(latents[1:4], config.patch_size, strict=True)):
+        raise ValueError(f"latents of {list(latents[1:4])} do not divide into patches of {config.patch_size}")
+    if len(context) != 3 or context[-1] != config.text_dim:
+        raise ValueError(f"context must be [B, tokens, {config.text_dim}], got {list(context)}")
