@@ -7,6 +7,7 @@ A video of 1 + 4n frames has 1 + n latent frames: the first frame stands alone, 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 from turbojax.config import VAEConfig
 from turbojax.models.vae_layers import (
@@ -48,6 +49,9 @@ class MidBlock(nnx.Module):
 class Head(nnx.Module):
     """Base of encoder and decoder: `conv_out(silu(norm_out(x)))` at the end of both."""
 
+    norm_out: RMSNorm
+    conv_out: CausalConv
+
     def _head(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
         return self.conv_out(nnx.silu(self.norm_out(x)), cache)
 
@@ -56,19 +60,19 @@ class Encoder(Head):
     """[B, 1+4n, H, W, 3] -> [B, 1+n, H/8, W/8, 2 z_dim]; a later chunk of a stream has 4n frames."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        make = functools.partial(dict, rngs=rngs, dtype=dtype)
+        make: dict[str, Any] = {"rngs": rngs, "dtype": dtype}
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
-        self.conv_in = CausalConv(3, dims[0], **make())
+        self.conv_in = CausalConv(3, dims[0], **make)
         blocks: list[nnx.Module] = []
-        for stage, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for stage, (c_in, c_out) in enumerate(itertools.pairwise(dims)):
             for i in range(config.num_res_blocks):
-                blocks.append(ResBlock(c_in if i == 0 else c_out, c_out, **make()))
+                blocks.append(ResBlock(c_in if i == 0 else c_out, c_out, **make))
             if stage < len(config.dim_mult) - 1:
-                blocks.append(Downsample(c_out, temporal=config.temporal_downsample[stage], **make()))
+                blocks.append(Downsample(c_out, temporal=config.temporal_downsample[stage], **make))
         self.down_blocks = nnx.List(blocks)
-        self.mid_block = MidBlock(dims[-1], **make())
+        self.mid_block = MidBlock(dims[-1], **make)
         self.norm_out = RMSNorm(dims[-1])
-        self.conv_out = CausalConv(dims[-1], 2 * config.z_dim, **make())
+        self.conv_out = CausalConv(dims[-1], 2 * config.z_dim, **make)
 
     def __call__(self, x: Array, cache: Cache = None) -> tuple[Array, Cache]:
         return run_layers([self.conv_in, *self.down_blocks, self.mid_block, self._head], x, cache)
@@ -94,19 +98,19 @@ class Decoder(Head):
     """[B, 1+n, h, w, z_dim] -> [B, 1+4n, 8h, 8w, 3]; a later chunk of n latent frames gives 4n frames."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        make = functools.partial(dict, rngs=rngs, dtype=dtype)
+        make: dict[str, Any] = {"rngs": rngs, "dtype": dtype}
         dims = [config.base_dim * m for m in reversed(config.dim_mult)]
         temporal: list[bool | None] = [*reversed(config.temporal_downsample), None]
-        self.conv_in = CausalConv(config.z_dim, dims[0], **make())
-        self.mid_block = MidBlock(dims[0], **make())
+        self.conv_in = CausalConv(config.z_dim, dims[0], **make)
+        self.mid_block = MidBlock(dims[0], **make)
         blocks: list[UpBlock] = []
         c_in = dims[0]
         for c_out, upsample in zip(dims, temporal, strict=True):
-            blocks.append(UpBlock(c_in, c_out, config.num_res_blocks + 1, upsample, **make()))
+            blocks.append(UpBlock(c_in, c_out, config.num_res_blocks + 1, upsample, **make))
             c_in = c_out // 2  # an upsampler halves the channels
         self.up_blocks = nnx.List(blocks)
         self.norm_out = RMSNorm(dims[-1])
-        self.conv_out = CausalConv(dims[-1], 3, **make())
+        self.conv_out = CausalConv(dims[-1], 3, **make)
 
     def __call__(self, x: Array, cache: Cache = None) -> tuple[Array, Cache]:
         return run_layers([self.conv_in, self.mid_block, *self.up_blocks, self._head], x, cache)
@@ -125,11 +129,11 @@ class WanVAE(nnx.Module):
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None) -> None:
         self.config = config
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-        make = functools.partial(dict, rngs=rngs, dtype=self.dtype)
-        self.encoder = Encoder(config, **make())
-        self.quant_conv = PointwiseConv((1, 1, 1), 2 * config.z_dim, 2 * config.z_dim, **make())
-        self.post_quant_conv = PointwiseConv((1, 1, 1), config.z_dim, config.z_dim, **make())
-        self.decoder = Decoder(config, **make())
+        make: dict[str, Any] = {"rngs": rngs, "dtype": self.dtype}
+        self.encoder = Encoder(config, **make)
+        self.quant_conv = PointwiseConv((1, 1, 1), 2 * config.z_dim, 2 * config.z_dim, **make)
+        self.post_quant_conv = PointwiseConv((1, 1, 1), config.z_dim, config.z_dim, **make)
+        self.decoder = Decoder(config, **make)
 
     def encode(self, video: Video) -> Latents:
         """video [B, 1+4n, H, W, 3] in [-1, 1] -> normalised latents [B, 1+n, H/8, W/8, z_dim] (the mean, no noise).

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 Video = Float[Array, "b t h w c"]
 Cache = Any  # a pytree of arrays: the frames a layer must remember
@@ -125,6 +125,20 @@ class SpatialConv(Conv):
         return y.reshape(b, t, *y.shape[1:]) + self.bias[...]
 
 
+class Identity(nnx.Module):
+    """What stands at index 0 of the reference's `resample`: its convolution, with the parameters, is at 1."""
+
+    def __call__(self, x: Video) -> Video:
+        return x
+
+
+class Double(nnx.Module):
+    """Each pixel twice in height and in width (nearest-exact interpolation by two)."""
+
+    def __call__(self, x: Video) -> Video:
+        return jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+
+
 class RMSNorm(nnx.Module):
     """`x / max(|x|_2, 1e-12) * sqrt(C) * gamma` over channels, in float32 whatever the input's dtype."""
 
@@ -178,23 +192,32 @@ class Attention(nnx.Module):
         return x + self.proj(y.reshape(b, t, h, w, c))[0], ()
 
 
-class Downsample(nnx.Module):
+class Resample(nnx.Module):
+    """Base of the two: `resample` holds what happens to each frame, under the reference's indices."""
+
+    resample: nnx.List[Any]
+
+    def _resample(self, x: Video) -> Video:
+        for layer in self.resample:
+            x = layer(x)
+        return x
+
+
+class Downsample(Resample):
     """Halve height and width; if `temporal`, then time too, the first frame of the sequence passing alone.
 
     Cache: the last frame before the temporal convolution.
     """
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        # The reference keeps its padding layer at index 0 of `resample`, the convolution at 1.
-        self.resample = nnx.List(
-            [None, SpatialConv(channels, channels, stride=2, padding=(0, 1), rngs=rngs, dtype=dtype)]
-        )
+        conv = SpatialConv(channels, channels, stride=2, padding=(0, 1), rngs=rngs, dtype=dtype)
+        self.resample = nnx.List([Identity(), conv])
         if temporal:
             self.time_conv = TemporalConv(channels, channels, stride=2, rngs=rngs, dtype=dtype)
         self.temporal = temporal
 
     def __call__(self, x: Video, cache: Cache = None) -> tuple[Video, Cache]:
-        x = self.resample[1](x)
+        x = self._resample(x)
         if not self.temporal:
             return x, ()
         if cache is not None:
@@ -205,16 +228,15 @@ class Downsample(nnx.Module):
         return jnp.concatenate(parts, axis=1), x[:, -1:]
 
 
-class Upsample(nnx.Module):
+class Upsample(Resample):
     """Double time if `temporal` (the first frame of the sequence stays single), then height and width.
 
     Channels halve. Cache: the last two inputs of the temporal convolution, which never sees the first frame.
     """
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        self.resample = nnx.List(
-            [None, SpatialConv(channels, channels // 2, stride=1, padding=(1, 1), rngs=rngs, dtype=dtype)]
-        )
+        conv = SpatialConv(channels, channels // 2, stride=1, padding=(1, 1), rngs=rngs, dtype=dtype)
+        self.resample = nnx.List([Double(), conv])
         if temporal:
             self.time_conv = TemporalConv(channels, 2 * channels, stride=1, rngs=rngs, dtype=dtype)
         self.temporal = temporal
@@ -235,5 +257,4 @@ class Upsample(nnx.Module):
             x, cache = self._double_time(x, cache)
         else:
             cache = ()
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.resample[1](x), cache
+        return self._resample(x), cache
