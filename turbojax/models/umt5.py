@@ -1,7 +1,7 @@
 """umT5's encoder, Wan's text encoder: T5 v1.1 with a relative position bias in every layer.
 
 Sources: `wan/modules/t5.py` (Wan 2.1) and `UMT5EncoderModel` (transformers); arXiv:2304.09151.
-Letters: B prompts, L tokens, D dim, H heads, d = dim_attn / H, N layers.
+Letters: B prompts, L tokens, rows = B * L, D dim, H heads, d = dim_attn / H.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from turbojax.config import UMT5Config
 
 
 def relative_position_buckets(length: int, num_buckets: int = 32, max_distance: int = 128) -> np.ndarray:
-    """Bucket of every offset key - query: int32 [2 * length], offset r at index r mod 2 * length.
+    """Bucket of the offset key - query: int32 [query, key].
 
     Half of the buckets serve each sign. Within one sign, half are exact and the rest grow with the logarithm
     up to `max_distance` (T5, arXiv:1910.10683; `wan/modules/t5.py`, T5RelativeEmbedding). The reference takes
@@ -26,8 +26,7 @@ def relative_position_buckets(length: int, num_buckets: int = 32, max_distance: 
     """
     half = num_buckets // 2
     exact = half // 2
-    offset = np.arange(2 * length)
-    offset = np.where(offset >= length, offset - 2 * length, offset)
+    offset = np.arange(length) - np.arange(length)[:, None]
     distance = np.abs(offset)
     scaled = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     scaled = scaled / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
@@ -53,10 +52,10 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B*L D"],
+        x: Float[Array, "rows D"],
         position_bias: Float[Array, "H L L"],
         key_bias: Float[Array, "B 1 1 L"],
-    ) -> Float[Array, "B*L D"]:
+    ) -> Float[Array, "rows D"]:
         length = position_bias.shape[-1]
         q, k, v = (p(x).reshape(-1, length, self.num_heads, p.out_features // self.num_heads)
                    for p in (self.q, self.k, self.v))  # fmt: skip
@@ -75,7 +74,7 @@ class FeedForward(nnx.Module):
         self.up = _linear(c.dim, c.dim_ffn, c.dim**-0.5, rngs=rngs, dtype=dtype)
         self.down = _linear(c.dim_ffn, c.dim, c.dim_ffn**-0.5, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B*L D"]) -> Float[Array, "B*L D"]:
+    def __call__(self, x: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
         return self.down(self.up(x) * jax.nn.gelu(self.gate(x), approximate=True))
 
 
@@ -97,9 +96,9 @@ class Block(nnx.Module):
         self.ffn = FeedForward(c, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B*L D"], buckets: Int[Array, "2*L"], key_bias: Float[Array, "B 1 1 L"]
-    ) -> Float[Array, "B*L D"]:
-        bias = _toeplitz(self.position_bias.embedding[...][buckets].T.astype(jnp.float32))
+        self, x: Float[Array, "rows D"], buckets: Int[Array, "L L"], key_bias: Float[Array, "B 1 1 L"]
+    ) -> Float[Array, "rows D"]:
+        bias = self.position_bias(buckets).transpose(2, 0, 1)
         x = x + self.attn(self.norm1(x), bias, key_bias)
         return x + self.ffn(self.norm2(x))
 
@@ -114,10 +113,8 @@ class UMT5Encoder(nnx.Module):
         unroll: unroll the scan over layers (longer compilation, no loop at run time).
     """
 
-    def __init__(
-        self, config: UMT5Config, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None, unroll: bool = False
-    ):
-        dtype = jnp.bfloat16 if dtype is None else dtype
+    def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None, unroll: bool = False):
+        dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
         if config.dim_attn % config.num_heads:
             raise ValueError(f"dim_attn {config.dim_attn} is not a multiple of num_heads {config.num_heads}")
         self.config = config
@@ -139,9 +136,12 @@ class UMT5Encoder(nnx.Module):
         self.blocks = stack(rngs)  # every parameter has a leading axis of num_layers
         self.norm = _norm(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, ids: Int[Array | np.ndarray, "B L"], mask: Shaped[Array | np.ndarray, "B L"]
+    ) -> Float[Array, "B L D"]:
         """Encode token ids; positions whose mask is 0 are neither attended to nor returned (zeros)."""
         c = self.config
+        ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         buckets = jnp.asarray(relative_position_buckets(ids.shape[1], c.num_buckets, c.max_distance))
         key_bias = jnp.where(mask == 0, jnp.finfo(jnp.float32).min, 0.0)[:, None, None, :]
         graph, layers = nnx.split(self.blocks)
@@ -154,17 +154,6 @@ class UMT5Encoder(nnx.Module):
         x, _ = jax.lax.scan(layer, x, layers, unroll=self.unroll)
         x = self.norm(x).reshape(*ids.shape, c.dim)
         return jnp.where((mask != 0)[..., None], x, jnp.zeros_like(x))
-
-
-def _toeplitz(diagonals: Float[Array, "H 2*L"]) -> Float[Array, "H L L"]:
-    """out[h, i, j] = diagonals[h, (j - i) mod 2L], by copies alone: a gather of L * L indices is slower.
-
-    Repeating a row of 2L numbers and cutting the stream every 2L - 1 shifts each row by one.
-    """
-    heads, double = diagonals.shape
-    length = double // 2
-    stream = jnp.broadcast_to(diagonals[:, None, :], (heads, length, double)).reshape(heads, -1)
-    return stream[:, : length * (double - 1)].reshape(heads, length, double - 1)[:, :, :length]
 
 
 def _linear(fan_in: int, fan_out: int, std: float, *, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Linear:
