@@ -1,0 +1,188 @@
+"""W8A8 linear layer: INT8 weights and activations, INT32 sums, float32 scales.
+
+The granularity follows from the shape of `weight_scale`:
+
+[ceil(N/128), ceil(K/128)]  the reference's tiles (TurboDiffusion, ops/gemm): activations in 128x128 tiles over the
+    flattened rows; for each tile t of K an INT32 dot, and in float32, t increasing,
+    acc += dot_t * (scale_x[m // 128, t] * scale_w[n // 128, t]). Cast to the output dtype, then add the bias in it.
+[N]  one scale per output channel and one per token: a single INT32 sum over K, scales, bias and activation in
+    float32, one rounding at the end. Faster (the tensor core never stops to rescale) and closer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int8, Num
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.quantize import BLOCK, quantize_blockwise, quantize_per_token
+
+Activation = Literal["gelu_tanh"] | None
+# |q| <= 128 on both sides: past this many terms an INT32 sum could wrap.
+MAX_K = 2**31 // (128 * 128) - 1
+# Elements of the INT32 product that the XLA path holds at a time: 64 MiB, inside which CPU caches still help.
+XLA_CHUNK = 2**24
+
+
+def int8_linear(
+    x: Num[Array, "*batch K"],
+    weight_q: Int8[Array, "N K"],
+    weight_scale: Float[Array, "..."],
+    bias: Float[Array, " N"] | None = None,
+    *,
+    x_scale: Float[Array, "..."] | None = None,
+    activation: Activation = None,
+    residual: Float[Array, "*batch N"] | None = None,
+    gate: Float[Array, "..."] | None = None,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch N"]:
+    """activation(x @ weight.T + bias), then residual + gate * that where a residual is given.
+
+    x: any float dtype, quantised here; or int8 with its `x_scale`, as `norm_modulate_quantize` and the quantisers
+        return it ([*batch] for weight_scale [N]; [ceil(M/128), ceil(K/128)], M the product of batch, for tiles).
+    weight_q: [N, K], out by in, as torch stores it. weight_scale: [N] or [ceil(N/128), ceil(K/128)], float32.
+    gate: anything that broadcasts against the output, [B, 1, N] in the DiT. Needs `residual`.
+    out_dtype: of the result; default x's, or the residual's or bfloat16 when x is int8.
+    Not differentiable: raises NotImplementedError under `jax.grad` or `jax.jvp` with respect to x.
+    """
+    n, k = _check(x, weight_q, weight_scale, bias, x_scale, activation, residual, gate)
+    if out_dtype is None:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            out_dtype = x.dtype
+        else:
+            out_dtype = jnp.bfloat16 if residual is None else residual.dtype
+    batch = x.shape[:-1]
+    x = _no_derivative(x)
+    rows = x.reshape(-1, k)
+    blocks = weight_scale.ndim == 2
+    if x_scale is None:
+        rows, x_scale = quantize_blockwise(rows) if blocks else quantize_per_token(rows)
+    elif not blocks:
+        x_scale = x_scale.reshape(-1)
+    y = dispatch(
+        "int8_linear",
+        implementation,
+        (rows, x_scale, weight_q, weight_scale, bias),
+        xla=partial(_xla_blocks if blocks else _xla_channels, activation=activation, dtype=jnp.dtype(out_dtype)),
+        kernel=None,
+        unsupported="the kernel is not written yet",
+    )
+    y = y.reshape(*batch, n)
+    return y if residual is None else add_gated(residual, gate, y, out_dtype)
+
+
+def add_gated(residual: Array, gate: Array | None, y: Array, dtype: jnp.dtype) -> Array:
+    """residual + gate * y in float32, rounded once."""
+    y = y.astype(jnp.float32)
+    if gate is not None:
+        y = gate.astype(jnp.float32) * y
+    return (residual.astype(jnp.float32) + y).astype(dtype)
+
+
+def _activate(y: Array, activation: Activation) -> Array:
+    return y if activation is None else jax.nn.gelu(y, approximate=True)
+
+
+def _xla_channels(x, x_scale, weight_q, weight_scale, bias, *, activation, dtype):
+    """Rows in chunks, so that the INT32 product never exceeds XLA_CHUNK elements."""
+
+    def chunk(rows):
+        q, scale = rows
+        acc = lax.dot_general(q, weight_q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        y = acc.astype(jnp.float32) * (scale[:, None] * weight_scale.astype(jnp.float32))
+        if bias is not None:
+            y = y + bias.astype(jnp.float32)
+        return _activate(y, activation).astype(dtype)
+
+    return _map_rows(chunk, (x, x_scale), max(1, XLA_CHUNK // weight_q.shape[0]))
+
+
+def _xla_blocks(x, x_scale, weight_q, weight_scale, bias, *, activation, dtype):
+    """Row tiles one after the other, tiles of K in the inner loop: the running sum stays in a core's cache."""
+    (m, k), n = x.shape, weight_q.shape[0]
+    tiles = weight_scale.shape[1]
+    pad = tiles * BLOCK - k
+    x = jnp.pad(x, ((0, 0), (0, pad))).reshape(m, tiles, BLOCK)
+    # K tiles in front, once per call: each step of the inner loop then reads one contiguous matrix.
+    weight = jnp.pad(weight_q, ((0, 0), (0, pad))).reshape(n, tiles, BLOCK).swapaxes(0, 1)
+    column_scale = jnp.repeat(weight_scale.astype(jnp.float32), BLOCK, axis=0)[:n].T
+
+    def chunk(rows):
+        q, scale = rows
+
+        def step(t, acc):
+            dot = lax.dot_general(q[:, t], weight[t], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+            return acc + dot.astype(jnp.float32) * (scale[:, t, None] * column_scale[t])
+
+        acc = lax.fori_loop(0, tiles, step, jnp.zeros((q.shape[0], n), jnp.float32))
+        y = acc.astype(dtype)
+        if bias is not None:
+            y = y + bias.astype(dtype)
+        return _activate(y.astype(jnp.float32), activation).astype(dtype)
+
+    row_scale = jnp.repeat(x_scale, BLOCK, axis=0)[:m]
+    return _map_rows(chunk, (x, row_scale), max(BLOCK, 2**20 // n // BLOCK * BLOCK))
+
+
+def _map_rows(f, rows, size: int):
+    """f over chunks of `size` rows; the last chunk is filled up with zeros rather than traced a second time."""
+    m = jax.tree.leaves(rows)[0].shape[0]
+    if m <= size:
+        return f(rows)
+    split = jax.tree.map(
+        lambda a: jnp.pad(a, ((0, -m % size), *[(0, 0)] * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]), rows
+    )
+    out = lax.map(f, split)
+    return out.reshape(-1, *out.shape[2:])[:m]
+
+
+@jax.custom_jvp
+def _no_derivative(x):
+    return x
+
+
+@_no_derivative.defjvp
+def _raise(primals, tangents):
+    raise NotImplementedError(
+        "int8_linear has no derivative (rounding is flat): train the unquantised weights, or stop_gradient x"
+    )
+
+
+def _check(x, weight_q, weight_scale, bias, x_scale, activation, residual, gate) -> tuple[int, int]:
+    if weight_q.ndim != 2 or weight_q.dtype != jnp.int8:
+        raise ValueError(f"int8_linear: weight_q is int8 [N, K], got {weight_q.dtype}{list(weight_q.shape)}")
+    n, k = weight_q.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"int8_linear: x has {x.shape[-1]} features, weight_q {list(weight_q.shape)} takes {k}")
+    tiles = (-(-n // BLOCK), -(-k // BLOCK))
+    if weight_scale.shape not in ((n,), tiles):
+        raise ValueError(
+            f"int8_linear: weight_scale {list(weight_scale.shape)} is neither [{n}] (per output channel) "
+            f"nor {list(tiles)} (128x128 tiles)"
+        )
+    if k > MAX_K:
+        raise ValueError(f"int8_linear: K = {k} could overflow the INT32 sum; at most {MAX_K}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"int8_linear: bias {list(bias.shape)} is not [{n}]")
+    if (x.dtype == jnp.int8) != (x_scale is not None):
+        raise ValueError(f"int8_linear: x_scale goes with an int8 x and only with it, got x of {x.dtype}")
+    if x_scale is not None:
+        rows = 1
+        for size in x.shape[:-1]:
+            rows *= size
+        expected = x.shape[:-1] if weight_scale.ndim == 1 else (-(-rows // BLOCK), tiles[1])
+        if x_scale.shape != expected:
+            raise ValueError(f"int8_linear: x_scale {list(x_scale.shape)} should be {list(expected)}")
+    if activation not in (None, "gelu_tanh"):
+        raise ValueError(f"int8_linear: activation={activation!r} is unknown; take None or 'gelu_tanh'")
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        raise ValueError(f"int8_linear: residual {list(residual.shape)} should be {[*x.shape[:-1], n]}")
+    if gate is not None and residual is None:
+        raise ValueError("int8_linear: gate scales what is added to a residual; none was given")
+    return n, k
