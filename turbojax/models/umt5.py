@@ -7,14 +7,16 @@ Letters: B prompts, L tokens, rows = B * L, D dim, H heads, d = dim_attn / H.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int, PyTree, Shaped
 
 from turbojax.config import UMT5Config
+from turbojax.models.layers import RMSNorm
 
 
 def relative_position_buckets(length: int, num_buckets: int = 32, max_distance: int = 128) -> np.ndarray:
@@ -83,7 +85,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs, dtype: DTypeLike):
         c = config
-        self.norm1 = _norm(c, rngs=rngs, dtype=dtype)
+        self.norm1 = RMSNorm(c.dim, c.eps)
         self.attn = Attention(c, rngs=rngs, dtype=dtype)
         self.position_bias = nnx.Embed(
             c.num_buckets,
@@ -92,7 +94,7 @@ class Block(nnx.Module):
             param_dtype=dtype,
             rngs=rngs,
         )
-        self.norm2 = _norm(c, rngs=rngs, dtype=dtype)
+        self.norm2 = RMSNorm(c.dim, c.eps)
         self.ffn = FeedForward(c, rngs=rngs, dtype=dtype)
 
     def __call__(
@@ -104,21 +106,20 @@ class Block(nnx.Module):
 
 
 class UMT5Encoder(nnx.Module):
-    """Token ids to text features.
+    """Token ids to text features; call it eagerly, or `nnx.split` it and `jax.jit` over the state.
 
     Args:
         config: shape of the encoder.
         rngs: keys of the initial weights (the standard deviations of T5).
         dtype: of parameters and arithmetic; bfloat16 when None. The norms' scales stay float32.
-        unroll: unroll the scan over layers (longer compilation, no loop at run time).
     """
 
-    def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None, unroll: bool = False):
+    def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None):
         dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
         if config.dim_attn % config.num_heads:
             raise ValueError(f"dim_attn {config.dim_attn} is not a multiple of num_heads {config.num_heads}")
         self.config = config
-        self.unroll = unroll
+        self.dtype = dtype
         self.token_embedding = nnx.Embed(
             config.vocab_size,
             config.dim,
@@ -134,26 +135,47 @@ class UMT5Encoder(nnx.Module):
             return Block(config, rngs=rngs, dtype=dtype)
 
         self.blocks = stack(rngs)  # every parameter has a leading axis of num_layers
-        self.norm = _norm(config, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm(config.dim, config.eps)
 
     def __call__(
-        self, ids: Int[Array | np.ndarray, "B L"], mask: Shaped[Array | np.ndarray, "B L"]
+        self,
+        ids: Int[Array | np.ndarray, "B L"],
+        mask: Shaped[Array | np.ndarray, "B L"],
+        *,
+        unroll: bool | int = 1,
     ) -> Float[Array, "B L D"]:
-        """Encode token ids; positions whose mask is 0 are neither attended to nor returned (zeros)."""
-        c = self.config
-        ids, mask = jnp.asarray(ids), jnp.asarray(mask)
-        buckets = jnp.asarray(relative_position_buckets(ids.shape[1], c.num_buckets, c.max_distance))
-        key_bias = jnp.where(mask == 0, jnp.finfo(jnp.float32).min, 0.0)[:, None, None, :]
-        graph, layers = nnx.split(self.blocks)
+        """Encode token ids; positions whose mask is 0 are neither attended to nor returned (zeros).
 
-        def layer(x, state):
-            return nnx.merge(graph, state)(x, buckets, key_bias), None
+        unroll: layers per `lax.scan` step (True: a plain loop).
+        """
+        graph, state = nnx.split(self)
+        return _encode(state, jnp.asarray(ids), jnp.asarray(mask), graph=graph, unroll=unroll)
 
-        # One row a token: a matrix product over [B, L, D] has a slow weight gradient in bfloat16 on CPU.
-        x = self.token_embedding(ids).reshape(-1, c.dim)
-        x, _ = jax.lax.scan(layer, x, layers, unroll=self.unroll)
-        x = self.norm(x).reshape(*ids.shape, c.dim)
-        return jnp.where((mask != 0)[..., None], x, jnp.zeros_like(x))
+
+# Compiled once a shape: a scan run eagerly would be compiled again at every call.
+@partial(jax.jit, static_argnames=("graph", "unroll"))
+def _encode(
+    state: PyTree[Array],
+    ids: Int[Array, "B L"],
+    mask: Shaped[Array, "B L"],
+    *,
+    graph: nnx.GraphDef[UMT5Encoder],
+    unroll: bool | int,
+) -> Float[Array, "B L D"]:
+    model = nnx.merge(graph, state)
+    c = model.config
+    buckets = jnp.asarray(relative_position_buckets(ids.shape[1], c.num_buckets, c.max_distance))
+    key_bias = jnp.where(mask == 0, jnp.finfo(jnp.float32).min, 0.0)[:, None, None, :]
+    block, layers = nnx.split(model.blocks)
+
+    def layer(x: Array, layer_state: PyTree[Array]) -> tuple[Array, None]:
+        return nnx.merge(block, layer_state)(x, buckets, key_bias), None
+
+    # One row a token: a matrix product over [B, L, D] has a slow weight gradient in bfloat16 on CPU.
+    x = model.token_embedding(ids).reshape(-1, c.dim)
+    x, _ = jax.lax.scan(layer, x, layers, unroll=unroll)
+    x = model.norm(x).reshape(*ids.shape, c.dim)
+    return jnp.where((mask != 0)[..., None], x, jnp.zeros_like(x))
 
 
 def _linear(fan_in: int, fan_out: int, std: float, *, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Linear:
@@ -166,7 +188,3 @@ def _linear(fan_in: int, fan_out: int, std: float, *, rngs: nnx.Rngs, dtype: DTy
         dtype=dtype,
         rngs=rngs,
     )
-
-
-def _norm(config: UMT5Config, *, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.dim, epsilon=config.eps, param_dtype=jnp.float32, dtype=dtype, rngs=rngs)
