@@ -126,7 +126,7 @@ _DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 # tiny: 128 x 128 pixels, 17 frames -> 5 x 16 x 16 latents -> 320 tokens.
 _TINY = Preset(
-    dit=DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64),
+    dit=DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64),
     vae=VAEConfig(base_dim=8, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
     text_encoder=UMT5Config(vocab_size=128, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2),
     text_len=32,
@@ -166,8 +166,12 @@ def to_json(config: ComponentConfig) -> str:
 
 
 def from_json(text: str) -> ComponentConfig:
-    """Read `to_json`'s text back. Raises ValueError for an unknown kind or field."""
+    """Read `to_json`'s text back. Raises ValueError for an unknown kind or field.
+
+    "storage", which checkpoint.py writes beside the shape, says how the parameters are kept; it is left out here.
+    """
     fields: dict[str, Any] = json.loads(text)
+    fields.pop("storage", None)
     kind = fields.pop("kind", None)
     if kind not in _KINDS:
         raise ValueError(f"config.json: unknown kind {kind!r}; expected one of {sorted(_KINDS)}")

@@ -120,14 +120,17 @@ def sample_scene(
 
 
 def coverage(
-    shape: str, radius: float, centres: Float[np.ndarray, "T 2"], size: int = SIZE
-) -> Float[np.ndarray, "T size size"]:
+    shape: str,
+    radius: float,
+    centres: Float[np.ndarray, "T 2"],
+    rows: tuple[int, int] = (0, SIZE),
+    columns: tuple[int, int] = (0, SIZE),
+) -> Float[np.ndarray, "T rows columns"]:
     """How much of each pixel the shape covers, 0-1: signed distance, clipped to a pixel around the edge."""
-    grid = np.arange(size, dtype=np.float32) + 0.5
-    dx = grid[None, None, :] - centres[:, 0, None, None].astype(np.float32)
-    dy = grid[None, :, None] - centres[:, 1, None, None].astype(np.float32)
+    dx = np.arange(*columns, dtype=np.float32)[None, None, :] + 0.5 - centres[:, 0, None, None].astype(np.float32)
+    dy = np.arange(*rows, dtype=np.float32)[None, :, None] + 0.5 - centres[:, 1, None, None].astype(np.float32)
     if shape == "circle":
-        distance = np.hypot(dx, dy) - radius
+        distance = np.sqrt(dx * dx + dy * dy) - np.float32(radius)
     else:
         corners = OUTLINES[shape] * radius
         edges = np.roll(corners, -1, 0) - corners
@@ -135,16 +138,24 @@ def coverage(
         normals = np.stack([edges[:, 1], -edges[:, 0]], 1) / np.linalg.norm(edges, axis=1, keepdims=True)
         offsets = (normals * corners).sum(1)
         distance = np.full(np.broadcast_shapes(dx.shape, dy.shape), -np.inf, np.float32)
-        for (nx, ny), offset in zip(normals.astype(np.float32), offsets, strict=True):
-            np.maximum(distance, nx * dx + ny * dy - np.float32(offset), out=distance)
+        for (nx, ny), offset in zip(normals.astype(np.float32), offsets.astype(np.float32), strict=True):
+            np.maximum(distance, nx * dx + (ny * dy - offset), out=distance)
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
 def render(scene: Scene, *, frames: int = FRAMES, size: int = SIZE) -> UInt8[np.ndarray, "frames size size 3"]:
     """Draw a scene, edges antialiased."""
-    cover = coverage(scene.shape, scene.radius, scene.positions(frames), size)[..., None]
-    colour = np.asarray(scene.rgb, np.float32)
-    return np.rint(scene.background + cover * (colour - scene.background)).astype(np.uint8)
+    centres = scene.positions(frames)
+    left, right, up, down = extent(scene.shape, scene.radius)
+    # Only the part of the frame that the shape ever touches is worked on.
+    low = np.floor(centres.min(0) - np.array([left, up])).astype(int) - 1
+    high = np.ceil(centres.max(0) + np.array([right, down])).astype(int) + 1
+    (x0, y0), (x1, y1) = np.clip(low, 0, size), np.clip(high, 0, size)
+    cover = coverage(scene.shape, scene.radius, centres, (y0, y1), (x0, x1))[..., None]
+    colour = np.asarray(scene.rgb, np.float32) - np.float32(scene.background)
+    video = np.full((frames, size, size, 3), scene.background, np.uint8)
+    video[:, y0:y1, x0:x1] = np.rint(np.float32(scene.background) + cover * colour)
+    return video
 
 
 def caption(scene: Scene, template: str = TEMPLATES[0][0]) -> str:

@@ -1,0 +1,134 @@
+"""The rectified-flow teacher: the small DiT and its text encoder, trained together on latents of procedural clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from turbojax.config import PRESETS, DiTConfig
+from turbojax.models.dit import WanDiT
+from turbojax.models.umt5 import UMT5Encoder
+from turbojax.tokenizer import Tokenizer
+from turbojax.train import data
+from turbojax.train.flow import sample_noise_levels, velocity_errors
+from turbojax.train.optimizer import OptimizerConfig, make_optimizer
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """How the shipped teacher is trained; `clips` scenes are drawn once from `seed` and encoded."""
+
+    steps: int = 10_000
+    batch: int = 8
+    clips: int = 16_384
+    seed: int = 0
+    shift: float = 3.0
+    caption_dropout: float = 0.1
+    dit: DiTConfig = PRESETS["tiny"].dit
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+class TeacherState(NamedTuple):
+    """params and ema: {"dit", "text"} trees, float32; opt_state: optax's."""
+
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+
+
+class Batch(NamedTuple):
+    latents: Float[Array, "B t h w C"]
+    ids: Int[Array, "B L"]
+    mask: Int[Array, "B L"]
+
+
+class Captions:
+    """Every caption that the clips can have, tokenised once; the last row is the empty prompt."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.rows = {
+            (c, t): i for i, (c, t) in enumerate((c, t) for c in data.COMBINATIONS for t in range(len(data.TEMPLATES)))
+        }
+        texts = [data.TEMPLATES[t][0].format(colour=c, shape=s, motion=m) for (c, s, m), t in self.rows]
+        self.ids, self.mask = tokenizer([*texts, ""])
+
+    def draw(self, rng: np.random.Generator, combination: tuple[str, str, str], dropout: float) -> int:
+        """The row of one of the combination's captions, or of the empty prompt."""
+        if rng.random() < dropout:
+            return len(self.ids) - 1
+        weights = np.asarray([w for _, w in data.TEMPLATES])
+        return self.rows[combination, int(rng.choice(len(weights), p=weights / weights.sum()))]
+
+
+class Teacher:
+    """The stage that `loop.run` drives. `latents` [clips,t,h,w,C] and `combinations` describe the same scenes."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        latents: np.ndarray,
+        combinations: list[tuple[str, str, str]],
+        tokenizer: Tokenizer,
+        start: PyTree | None = None,
+    ):
+        self.config, self.latents, self.combinations = config, latents, combinations
+        self.captions = Captions(tokenizer)
+        self.start = start
+        dit = WanDiT(config.dit, rngs=nnx.Rngs(config.seed), dtype=jnp.bfloat16)
+        text = UMT5Encoder(PRESETS["tiny"].text_encoder, rngs=nnx.Rngs(config.seed + 1), dtype=jnp.float32)
+        (self.dit, dit_state), (self.text, text_state) = nnx.split(dit), nnx.split(text)
+        self._params = {"dit": nnx.to_pure_dict(dit_state), "text": nnx.to_pure_dict(text_state)}
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+
+    def init(self) -> TeacherState:
+        """Master weights in float32, whatever the model computes in."""
+        params = self._params if self.start is None else self.start
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        return TeacherState(params, jax.tree.map(jnp.copy, params), self.optimizer.init(params))
+
+    def context(self, params: PyTree, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return nnx.merge(self.text, _state(self.text, params["text"]))(ids, mask)
+
+    def velocity(
+        self, params: PyTree, latents: Float[Array, "B t h w C"], timestep: Float[Array, "B"], context: Array
+    ) -> Float[Array, "B t h w C"]:
+        return nnx.merge(self.dit, _state(self.dit, params["dit"]))(latents, timestep, context)
+
+    def losses(self, params: PyTree, batch: Batch, key: jax.Array) -> Float[Array, "B"]:
+        level_key, noise_key = jax.random.split(key)
+        latents = batch.latents.astype(jnp.float32)
+        s = sample_noise_levels(level_key, len(latents), self.config.shift)
+        noise = jax.random.normal(noise_key, latents.shape)
+        context = self.context(params, batch.ids, batch.mask)
+        return velocity_errors(lambda x, t: self.velocity(params, x, t, context), latents, noise, s)
+
+    def step(self, state: TeacherState, batch: Batch, key: jax.Array) -> tuple[TeacherState, Mapping[str, jax.Array]]:
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean(self.losses(p, batch, key)))(state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = self.config.optimizer.ema
+        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "skipped": opt_state.total_notfinite}
+        return TeacherState(params, ema, opt_state), metrics
+
+    def batch(self, step: int) -> Batch:
+        size, count = self.config.batch, len(self.latents)
+        rng = np.random.default_rng((self.config.seed, step))
+        epoch, offset = divmod(step * size, count - count % size)
+        order = np.random.default_rng((self.config.seed, 1 << 40, epoch)).permutation(count)
+        rows = order[offset : offset + size]
+        texts = [self.captions.draw(rng, self.combinations[r], self.config.caption_dropout) for r in rows]
+        return Batch(self.latents[rows], self.captions.ids[texts], self.captions.mask[texts])
+
+
+def _state(graphdef: Any, params: PyTree) -> PyTree:
+    """A pure dict back as the state that `nnx.merge` takes."""
+    return nnx.State(params)
