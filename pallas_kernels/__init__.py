@@ -1,5 +1,8 @@
 """Kernels for video diffusion on JAX: INT8/FP8 attention, sparse-linear attention, W8A8 linear layers."""
 
+from pallas_kernels.block_map import sla_block_map as sla_block_map
+from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
+from pallas_kernels.dense_attention import dense_attention as dense_attention
 from pallas_kernels.int8_linear import int8_linear as int8_linear
 from pallas_kernels.norm_modulate_quantize import norm_modulate_quantize as norm_modulate_quantize
 from pallas_kernels.quantize import (
@@ -12,3 +15,5 @@ from pallas_kernels.quantize import (
     quantize_per_token as quantize_per_token,
 )
 from pallas_kernels.rms_norm_rope import rms_norm_rope as rms_norm_rope
+from pallas_kernels.sage_attention import sage_attention as sage_attention
+from pallas_kernels.sparse_linear_attention import sparse_linear_attention as sparse_linear_attention

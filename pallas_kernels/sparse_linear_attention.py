@@ -1,0 +1,106 @@
+"""Sparse-linear attention (SLA): exact attention on the blocks that matter, linear attention for the rest.
+
+Source: SLA (arXiv 2509.24006) and `SLA/core.py` of TurboDiffusion.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels._attention_xla import compute_dtype
+from pallas_kernels._heads import heads_first, heads_last
+from pallas_kernels.block_map import sla_block_map
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+
+FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
+    "softmax": lambda x: jax.nn.softmax(x, axis=-1),
+    "elu": lambda x: jax.nn.elu(x) + 1,
+    "relu": jax.nn.relu,
+}
+
+DENOMINATOR_EPS = 1e-5
+
+
+def linear_attention(
+    q: Float[Array, "b lq h d"], k: Float[Array, "b lk h d"], v: Float[Array, "b lk h d"], feature_map: str
+) -> Float[Array, "b lq h d"]:
+    """f(q) (f(k)^T v) / (1e-5 + f(q) . sum f(k)) over all keys, accumulated in float32; in q's dtype."""
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map {feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
+    shape, dtype, wide = q.shape, q.dtype, compute_dtype(q.dtype)
+    features = FEATURE_MAPS[feature_map]
+    q, k, v = map(heads_first, (q, k, v))
+    fq = features(q.astype(wide)).astype(dtype)
+    fk = features(k.astype(wide)).astype(dtype)
+    # Sums over the keys stay in float32: in bfloat16 they would saturate at a few hundred keys.
+    kv = jnp.einsum("nld,nle->nde", fk, v, preferred_element_type=wide).astype(dtype)
+    k_sum = jnp.sum(fk, axis=1, dtype=wide)
+    o = jnp.einsum("nld,nde->nle", fq, kv, preferred_element_type=wide)
+    norm = jnp.einsum("nld,nd->nl", fq.astype(wide), k_sum)
+    return heads_last((o / (norm + DENOMINATOR_EPS)[..., None]).astype(dtype), shape)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("topk", "block_q", "block_k", "quantized", "feature_map", "scale", "implementation")
+)
+def sparse_linear_attention(
+    q: Float[Array, "b lq h d"],
+    k: Float[Array, "b lk h d"],
+    v: Float[Array, "b lk h d"],
+    proj_w: Float[Array, "d d"],
+    proj_b: Float[Array, " d"],
+    *,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    quantized: bool = False,
+    feature_map: str = "softmax",
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "b lq h d"]:
+    """Block-sparse attention over the routed blocks plus the projected linear attention over all keys.
+
+    o = block_sparse(q, k, v) + linear(q, k, v) @ proj_w + proj_b; routing by `sla_block_map`, without gradient.
+    Differentiable in q, k, v, proj_w and proj_b, in reverse and forward mode, unless quantised.
+
+    Args:
+        proj_w: [head_dim (in), head_dim (out)], shared by the heads; proj_b [head_dim]. Zeros (their
+            initialisation) leave the sparse branch alone.
+        topk: share of the key blocks that each query block keeps, in (0, 1].
+        block_q, block_k: rows of a query block and of a key block.
+        quantized: INT8 scores and FP8 values in the sparse branch (SageSLA); no derivative.
+        feature_map: "softmax" (over head_dim), "elu" (elu + 1) or "relu".
+        scale: factor on the sparse branch's scores; None is 1 / sqrt(head_dim).
+        implementation: of the sparse branch: None, "xla", "mosaic_gpu" or "interpret".
+
+    Raises:
+        ValueError: shapes or options that do not fit, or an implementation that cannot run, with the reason.
+        NotImplementedError: a derivative of the quantised op was asked for.
+    """
+    dim = q.shape[-1]
+    if proj_w.shape != (dim, dim) or proj_b.shape != (dim,):
+        raise ValueError(
+            f"sparse_linear_attention: proj_w {proj_w.shape} and proj_b {proj_b.shape} must be "
+            f"({dim}, {dim}) and ({dim},) for head_dim {dim}"
+        )
+    block_index = sla_block_map(q, k, topk=topk, block_q=block_q, block_k=block_k)
+    sparse = block_sparse_attention(
+        q,
+        k,
+        v,
+        block_index,
+        block_q=block_q,
+        block_k=block_k,
+        quantized=quantized,
+        scale=scale,
+        implementation=implementation,
+    )
+    linear = linear_attention(q, k, v, feature_map)
+    wide = compute_dtype(q.dtype)
+    projected = jnp.einsum("blhd,de->blhe", linear, proj_w.astype(q.dtype), preferred_element_type=wide)
+    return (sparse.astype(wide) + projected + proj_b.astype(wide)).astype(q.dtype)
