@@ -1,0 +1,144 @@
+"""Tensors that stay in their file until someone asks: views of a memory map, and parameters made of them."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.errors import CheckpointError
+
+# The bytes of a parameter that are held at once, unless one layer alone is larger.
+CHUNK_BYTES = 64 << 20
+
+# Name in a safetensors header -> numpy dtype; torch's names lead to the same dtypes (torch_file.py).
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16), "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32), "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64), "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32), "F64": np.dtype(np.float64), "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz), "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class MappedFile:
+    """A file mapped read-only. Raises CheckpointError when it cannot be opened, is not a file or is empty."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: no such file") from error
+        except (OSError, ValueError) as error:
+            reason = "the file is empty" if isinstance(error, ValueError) else error.strerror
+            raise CheckpointError(f"{path}: cannot be read: {reason}") from error
+        self.size = len(self.map)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Give the pages wholly inside [offset, offset + nbytes) back; they are read again if needed."""
+        page = mmap.PAGESIZE
+        start, stop = -(-offset // page) * page, (offset + nbytes) // page * page
+        if stop > start and hasattr(self.map, "madvise"):
+            self.map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor inside a mapped file, bounds already checked. strides: in elements, None when contiguous."""
+
+    file: MappedFile
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    big_endian: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        """The values, without a copy (a big-endian file is copied into this machine's order)."""
+        size, strides = self.dtype.itemsize, self.strides
+        if not self.nbytes:
+            return np.zeros(self.shape, self.dtype)
+        raw = np.dtype(f"u{size}") if size <= 8 else self.dtype
+        extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True)) if strides else None
+        flat = np.frombuffer(self.file.map, raw, extent or self.nbytes // size, self.offset)
+        if self.big_endian:
+            flat = flat.byteswap()
+        flat = flat.view(self.dtype)
+        if strides is None:
+            return flat.reshape(self.shape)
+        byte_strides = tuple(s * size for s in strides)
+        return np.lib.stride_tricks.as_strided(flat, self.shape, byte_strides, writeable=False)
+
+    def release(self) -> None:
+        """Let the operating system take back what `array` has touched."""
+        if self.strides is None:
+            self.file.release(self.offset, self.nbytes)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter of a component, made on demand: read(start, stop) gives those rows of its first axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=object))
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of one chunk: as many as CHUNK_BYTES hold, at least one."""
+        row = max(1, self.nbytes // self.shape[0])
+        return max(1, min(self.shape[0], CHUNK_BYTES // row))
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) from the first chunk to the last."""
+        for start in range(0, self.shape[0], self.chunk_rows):
+            yield start, self.read(start, min(start + self.chunk_rows, self.shape[0]))
+
+    def array(self) -> np.ndarray:
+        """The whole parameter."""
+        return self.read(0, self.shape[0])
+
+    @classmethod
+    def of(cls, array: Any) -> Leaf:
+        """A leaf over an array that is there already (numpy or jax; fetched from its device when read)."""
+        return cls(tuple(array.shape), np.dtype(array.dtype), lambda start, stop: np.asarray(array)[start:stop])
+
+    @classmethod
+    def of_stored(cls, tensor: StoredTensor) -> Leaf:
+        """A leaf over a tensor that stays in its file."""
+        return cls(tensor.shape, tensor.dtype, lambda start, stop: tensor.array()[start:stop])
+
+
+def contiguous(view: np.ndarray) -> np.ndarray:
+    """A C-ordered, aligned array; a large transposed matrix is copied in strips, 6 times faster than at once."""
+    if view.ndim != 2 or view.flags.c_contiguous or view.nbytes < 1 << 20:
+        return np.require(view, requirements=["C", "A"])
+    out = np.empty(view.shape, view.dtype)
+    for start in range(0, view.shape[1], 256):
+        out[:, start : start + 256] = view[:, start : start + 256]
+    return out

@@ -1,0 +1,397 @@
+"""Components on disk: a folder with `config.json` and the parameters, as Orbax or as safetensors.
+
+    FOLDER/config.json          to_json(config), and under "storage" how the parameters are kept
+    FOLDER/params/              Orbax, one zarr array a parameter, split by layers   (the large models)
+    FOLDER/params.safetensors   flat dotted names                                    (the small models: no Orbax import)
+
+The only module that touches Orbax, and it does so late: importing Orbax takes 1.4 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from convert.safetensors_file import read_safetensors, write_safetensors
+from convert.tensors import Leaf
+from turbojax import config as configs
+from turbojax.config import ComponentConfig, DiTConfig, UMT5Config, VAEConfig
+from turbojax.errors import UserError
+
+Format = Literal["orbax", "safetensors"]
+Sharding = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+_FILES: Mapping[str, str] = {"orbax": "params", "safetensors": "params.safetensors"}
+# config -> (module, class, a parameter whose dtype is the module's compute dtype)
+_MODULES: Mapping[type, tuple[str, str, str]] = {
+    DiTConfig: ("turbojax.models.dit", "WanDiT", "patch_embedding.kernel"),
+    VAEConfig: ("turbojax.models.vae", "WanVAE", "quant_conv.kernel"),
+    UMT5Config: ("turbojax.models.umt5", "UMT5Encoder", "token_embedding.embedding"),
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A model's shape and its parameters by dotted path, each read on demand.
+
+    dtype: compute dtype that a load gives unless told otherwise; None: the module's own default.
+    """
+
+    config: ComponentConfig
+    leaves: Mapping[str, Leaf]
+    dtype: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    @property
+    def quantized(self) -> list[str]:
+        """Paths of the linear layers whose weights are int8."""
+        suffix = ".weight_q"
+        return sorted(path.removesuffix(suffix) for path in self.leaves if path.endswith(suffix))
+
+
+def save_component(
+    directory: str | Path,
+    component: nnx.Module | Component | tuple[ComponentConfig, Mapping[str, Any]],
+    *,
+    format: Format = "orbax",
+    overwrite: bool = False,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Write a component folder under a temporary name and rename it when it is whole.
+
+    component: a module, a `Component`, or (config, parameters) with parameters nested or by dotted path.
+    progress: called with the number of bytes just written.
+    Raises UserError when `directory` is there already (unless `overwrite`), or cannot be written.
+    """
+    component = _as_component(component)
+    if format not in _FILES:
+        raise UserError(f"unknown format {format!r}; known: {', '.join(_FILES)}")
+    with new_folder(directory, overwrite=overwrite) as folder:
+        (folder / "config.json").write_text(_config_text(component), encoding="utf-8")
+        if format == "orbax":
+            _write_orbax(folder / _FILES[format], component.leaves, progress)
+        else:
+            write_safetensors(folder / _FILES[format], component.leaves, progress=progress)
+
+
+def load_component(directory: str | Path, dtype: DTypeLike | None = None, *, sharding: Sharding | None = None) -> Any:
+    """Read a component folder into its module: WanDiT, WanVAE or UMT5Encoder, by the kind in `config.json`.
+
+    dtype: compute dtype, and that of the parameters that do not always stay float32; None: as it was saved, or the
+        module's own default after a conversion. sharding: of all arrays, or a function of (path, shape and dtype);
+        None: the default device.
+    Raises UserError for a folder that is missing, is no component, or does not fit its own config.
+    """
+    folder = Path(directory)
+    config, storage = _read_config(folder)
+    dtype = storage.get("dtype") if dtype is None else dtype
+    saved, format = _open(folder)
+    graph, state = nnx.split(abstract_module(config, dtype, quantized_layout(saved)))
+    flat = {path_name(path): variable for path, variable in nnx.to_flat_state(state)}
+    _check_fit(folder, {path: tuple(v.shape) for path, v in flat.items()}, saved)
+    wanted = {path: _placed(path, v, sharding) for path, v in flat.items()}
+    if format == "orbax":
+        arrays = _restore_orbax(folder / _FILES[format], wanted)
+    else:
+        arrays = {path: _to_device(saved[path], spec) for path, spec in wanted.items()}
+    filled = [(path, v.replace(arrays[path_name(path)])) for path, v in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def open_component(directory: str | Path) -> Component:
+    """The component in `directory`, its parameters left on disk until they are read. Raises UserError."""
+    folder = Path(directory)
+    config, storage = _read_config(folder)
+    return Component(config, _open(folder)[0], storage.get("dtype"))
+
+
+def abstract_module(
+    config: ComponentConfig, dtype: DTypeLike | None = None, quantized: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """The module of `config` with shapes and dtypes but no arrays.
+
+    quantized: linear layers that hold int8 weights, path -> "block" (scales of 128 x 128 blocks) or "channel".
+    """
+    module_name, class_name, _ = _MODULES[type(config)]
+    cls = getattr(importlib.import_module(module_name), class_name)
+    module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+    if quantized:
+        raise NotImplementedError("quantised components: waiting for turbojax.quant")
+    return module
+
+
+def abstract_leaves(config: ComponentConfig, dtype: DTypeLike | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of an unquantised module, by dotted path."""
+    state = nnx.state(abstract_module(config, dtype))
+    return {path_name(path): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}
+
+
+def quantized_layout(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Which layers hold int8 weights, and how their scales lie: path -> "block" or "channel"."""
+    layout = {}
+    for path, leaf in leaves.items():
+        if path.endswith(".weight_q"):
+            layer = path.removesuffix(".weight_q")
+            scale = leaves.get(f"{layer}.weight_scale")
+            if scale is not None:
+                layout[layer] = "block" if len(scale.shape) == len(leaf.shape) else "channel"
+    return layout
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+@contextlib.contextmanager
+def new_folder(directory: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill; it takes the name `directory` when the block ends well and vanishes when it does not.
+
+    Raises UserError when `directory` is there already (unless `overwrite`) or the disk refuses.
+    """
+    target = Path(directory).absolute()
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{directory} is there already; remove it or choose another folder")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        if target.exists():
+            target.replace(old)
+        partial.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{directory} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _as_component(source: Any) -> Component:
+    if isinstance(source, Component):
+        return source
+    if isinstance(source, nnx.Module):
+        config: Any = getattr(source, "config", None)
+        flat = {path_name(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(source))}
+    else:
+        config, parameters = source
+        flat = {path_name(path): v for path, v in _flatten(parameters)}
+    if type(config) not in _MODULES:
+        raise UserError(f"a {type(config).__name__} is no component's config; known: DiTConfig, VAEConfig, UMT5Config")
+    leaves = {path: v if isinstance(v, Leaf) else Leaf.of(v) for path, v in flat.items()}
+    main = leaves.get(_MODULES[type(config)][2])
+    return Component(config, leaves, None if main is None else str(main.dtype))
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def _config_text(component: Component) -> str:
+    storage = {"dtype": component.dtype, "quantized": quantized_layout(component.leaves)}
+    fields = json.loads(configs.to_json(component.config)) | {"storage": storage}
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _read_config(folder: Path) -> tuple[ComponentConfig, dict[str, Any]]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; `turbojax convert SOURCE --out {folder}` makes one")
+    if (folder / "pipeline.json").is_file():
+        raise UserError(f"{folder} is a whole pipeline; use Pipeline.load, or load one part such as {folder / 'dit'}")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json: not a component; `turbojax convert` makes one")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return configs.from_json(text), json.loads(text).get("storage") or {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _open(folder: Path) -> tuple[dict[str, Leaf], Format]:
+    """The parameters on disk, unread, and their format."""
+    if (folder / _FILES["safetensors"]).is_file():
+        tensors, _ = read_safetensors(folder / _FILES["safetensors"])
+        return {path: Leaf.of_stored(tensor) for path, tensor in tensors.items()}, "safetensors"
+    root = folder / _FILES["orbax"]
+    if not (root / "_METADATA").is_file():
+        raise UserError(f"{folder} holds no parameters (params/ or params.safetensors); convert it again")
+    paths = sorted(array.parent.name for array in root.glob("*/.zarray"))
+    return {path: _zarr_leaf(root / path) for path in paths}, "orbax"
+
+
+def _check_fit(folder: Path, expected: Mapping[str, tuple[int, ...]], saved: Mapping[str, Leaf]) -> None:
+    troubles = [f"{path} is missing" for path in sorted(expected.keys() - saved.keys())]
+    troubles += [f"{path} is unknown" for path in sorted(saved.keys() - expected.keys())]
+    troubles += [
+        f"{path} is {list(saved[path].shape)}, not {list(shape)}"
+        for path, shape in sorted(expected.items())
+        if path in saved and saved[path].shape != shape
+    ]
+    if troubles:
+        more = f" and {len(troubles) - 4} more" if len(troubles) > 4 else ""
+        raise UserError(f"{folder} does not fit its config.json: {'; '.join(troubles[:4])}{more}; convert it again")
+
+
+def _placed(path: str, variable: Any, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+    spec = jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+    if sharding is None:
+        placement: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        placement = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(path, spec)
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placement)
+
+
+def _to_device(leaf: Leaf, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """Each device reads its own part of the mapped file; only a change of dtype makes a copy on the host."""
+    view = leaf.array()
+
+    def part(index: Any) -> np.ndarray:
+        return np.require(view[index].astype(spec.dtype, copy=False), requirements=["C", "A"])
+
+    assert spec.sharding is not None
+    return jax.make_array_from_callback(spec.shape, spec.sharding, part)
+
+
+# Orbax. One zarr array a parameter and no OCDBT: rows can then be written, and read back, one layer at a time.
+
+
+def _zarr_leaf(folder: Path) -> Leaf:
+    """The array in `folder`, unread. Raises UserError when a file of it is missing or has the wrong size."""
+    try:
+        meta = json.loads((folder / ".zarray").read_text())
+        shape, chunk, dtype = tuple(meta["shape"]), tuple(meta["chunks"]), np.dtype(meta["dtype"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / '.zarray'} cannot be read: {error}; convert it again") from error
+    grid = [range(-(-n // c)) for n, c in zip(shape, chunk, strict=True)]
+    for index in itertools.product(*grid):
+        file, expected = folder / ".".join(map(str, index)), math.prod(chunk) * dtype.itemsize
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected and meta["compressor"] is None:
+            raise UserError(f"{file} has {size} of {expected} bytes: the checkpoint is incomplete; convert it again")
+
+    def read(start: int, stop: int) -> np.ndarray:
+        import tensorstore as ts
+
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
+        return ts.open(spec, open=True).result()[start:stop].read().result()
+
+    return Leaf(shape, dtype, read)
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[Any]:
+    """Orbax, imported late; its warnings about its own insides are not the caller's to heed."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import orbax.checkpoint as ocp
+
+        logging.set_verbosity(logging.ERROR)
+        try:
+            yield ocp
+        finally:
+            logging.set_verbosity(verbosity)
+
+
+def _write_orbax(path: Path, leaves: Mapping[str, Leaf], progress: Callable[[int], object]) -> None:
+    with _orbax() as ocp:
+        registry = ocp.type_handlers.create_type_handler_registry((Leaf, _leaf_handler(ocp, progress)))
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(_nest(leaves)))
+
+
+def _leaf_handler(ocp: Any, progress: Callable[[int], object]) -> Any:
+    import tensorstore as ts
+
+    class LeafHandler(ocp.type_handlers.NumpyHandler):
+        """Writes what Orbax will read as a numpy array, chunk by chunk, never holding more than two."""
+
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+            await infos[0].await_path_creation()
+            context = ts.Context({"file_io_sync": False})
+            for leaf, info in zip(values, infos, strict=True):
+                store = await ts.open(_zarr_spec(leaf, str(info.path)), create=True, open=True, context=context)
+                pending = None
+                for start, rows in leaf.chunks():
+                    write = store[start : start + len(rows)].write(rows, can_reference_source_data_indefinitely=True)
+                    if pending is not None:
+                        await pending
+                    pending = write
+                    progress(rows.nbytes)
+                if pending is not None:
+                    await pending
+            return []
+
+    return LeafHandler()
+
+
+def _zarr_spec(leaf: Leaf, path: str) -> dict[str, Any]:
+    """Weights do not compress, so none are; zeros are written too, so that a lost file is noticed."""
+    names = {np.dtype(ml_dtypes.bfloat16): "bfloat16"}
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": path},
+        "metadata": {
+            "shape": leaf.shape,
+            "chunks": (leaf.chunk_rows, *leaf.shape[1:]),
+            "dtype": names.get(leaf.dtype, leaf.dtype.str),
+            "fill_value": None,
+            "compressor": None,
+        },
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def _restore_orbax(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    with _orbax() as ocp:
+        tree = _nest(wanted)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            try:
+                restored = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(tree, restore_args))
+            except Exception as error:
+                # Orbax has no error of its own for what it cannot read.
+                if type(error) not in (Exception, ValueError, FileNotFoundError):
+                    raise
+                reason = str(error).splitlines()[0][:200]
+                raise UserError(f"{path} is damaged or incomplete: {reason}; convert it again") from error
+    return {path_name(key): value for key, value in _flatten(restored)}
