@@ -2,20 +2,16 @@
 
 Needs torch, diffusers and two checkouts (made with torch 2.13, diffusers 0.42.1):
     python tests/golden/make_samplers.py WAN_CHECKOUT TURBODIFFUSION_CHECKOUT
-TurboDiffusion's rCM loop lives in the body of its scripts; it is run from there, statement by statement.
 """
 
-import ast
-import importlib.util
-import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import seeded
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from references import load_file, turbo_rcm
 
 WAN, TURBO = (Path(p) for p in sys.argv[1:3])
 WIDTH, HIDDEN = 8, 32
@@ -29,13 +25,6 @@ def velocity(x: torch.Tensor, s: float) -> torch.Tensor:
     return 0.5 * x + hidden @ WEIGHTS["outer"].T
 
 
-def module(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 def trajectory(scheduler) -> np.ndarray:
     x, points = NOISE, []
     for t in scheduler.timesteps:
@@ -47,7 +36,7 @@ def trajectory(scheduler) -> np.ndarray:
 
 
 def wan_unipc(steps: int, shift: float) -> np.ndarray:
-    scheduler = module(WAN / "wan/utils/fm_solvers_unipc.py").FlowUniPCMultistepScheduler(
+    scheduler = load_file(WAN / "wan/utils/fm_solvers_unipc.py").FlowUniPCMultistepScheduler(
         num_train_timesteps=1000, shift=1, use_dynamic_shifting=False
     )
     scheduler.set_timesteps(steps, device="cpu", shift=shift)
@@ -71,42 +60,18 @@ def diffusers_euler(steps: int, shift: float) -> np.ndarray:
 
 
 def turbo_unipc(steps: int, shift: float) -> np.ndarray:
-    sampler = module(TURBO / "turbodiffusion/rcm/samplers/unipc.py").FlowUniPCMultistepSampler(sigma_max=0.97)
+    sampler = load_file(TURBO / "turbodiffusion/rcm/samplers/unipc.py").FlowUniPCMultistepSampler(sigma_max=0.97)
     sampler.set_timesteps(steps, device="cpu", shift=shift)
     return trajectory(sampler)
 
 
-class Net:
-    """Stands for a network in TurboDiffusion's script and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.seen: list[np.ndarray] = []
-
-    def cuda(self) -> None: ...
-    def cpu(self) -> None: ...
-
-    def __call__(self, x_B_C_T_H_W: torch.Tensor, timesteps_B_T: torch.Tensor) -> torch.Tensor:
-        self.seen.append(x_B_C_T_H_W.numpy())
-        return velocity(x_B_C_T_H_W, float(timesteps_B_T[0, 0]) / 1000)
+def net(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    return velocity(x, float(timesteps[0, 0]) / 1000)
 
 
-def turbo_rcm(script: str, steps: int, sigma_max: float, ode: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(states [steps + 1, ...] from the scaled noise to the sample, step noise [steps, ...])."""
-    body = ast.parse((TURBO / f"turbodiffusion/inference/{script}").read_text()).body[-1].body
-    names = [
-        node.targets[0].id if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id") else "" for node in body
-    ]
-    loop = ast.Module(body[names.index("mid_t") : names.index("samples") + 1], type_ignores=[])
-    net, generator = Net(), torch.Generator().manual_seed(7)
-    step_noise = torch.stack([torch.randn(NOISE.shape, generator=generator) for _ in range(steps)]).numpy()
-    scope = {
-        "args": SimpleNamespace(num_steps=steps, sigma_max=sigma_max, ode=ode, boundary=0.9),
-        "init_noise": NOISE, "net": net, "high_noise_model": net, "low_noise_model": net, "condition": {},
-        "generator": generator.manual_seed(7), "tensor_kwargs": {"device": "cpu", "dtype": torch.float32},
-        "torch": torch, "math": math, "tqdm": lambda it, **_: it, "log": SimpleNamespace(info=print),
-    }  # fmt: skip
-    exec(compile(loop, script, "exec"), scope)
-    return np.stack([*net.seen, scope["samples"].numpy()]), step_noise
+def rcm(steps: int, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    sigma_max = {"sde": 80.0, "ode": 200.0}[mode]  # the defaults of the two scripts
+    return turbo_rcm(TURBO, net, NOISE, {}, steps=steps, sigma_max=sigma_max, mode=mode)
 
 
 arrays = {"noise": NOISE.numpy()}
@@ -116,7 +81,6 @@ arrays["diffusers_unipc_50_5"] = diffusers_unipc(50, 5.0)
 arrays["diffusers_euler_20_3"] = diffusers_euler(20, 3.0)
 arrays["turbo_unipc_10_3"] = turbo_unipc(10, 3.0)
 for steps in (1, 2, 3, 4):
-    arrays[f"rcm_sde_{steps}"], arrays["step_noise"] = turbo_rcm("wan2.1_t2v_infer.py", steps, 80.0)
-    arrays[f"rcm_ode_{steps}"], _ = turbo_rcm("wan2.2_i2v_infer.py", steps, 200.0, ode=True)
-arrays["rcm_sde_experts"], _ = turbo_rcm("wan2.2_i2v_infer.py", 4, 200.0)
+    arrays[f"rcm_sde_{steps}"], arrays["step_noise"] = rcm(steps, "sde")
+    arrays[f"rcm_ode_{steps}"], _ = rcm(steps, "ode")
 seeded.save("samplers", SHAPES, **arrays)

@@ -46,8 +46,8 @@ def test_trajectory_equals_the_reference(name):
     points = walk(CASES[name], GOLDEN["noise"])
     assert points.shape == GOLDEN[name].shape
     for i, (ours, theirs) in enumerate(zip(points, GOLDEN[name], strict=True)):
-        # The references form their coefficients in float32, which alone is worth some 1e-5 near s = 1.
-        assert relative(ours, theirs) < 5e-5, f"step {i}"
+        # Float32 sums in another order; a wrong coefficient shows at 1e-3.
+        assert relative(ours, theirs) < 5e-6, f"step {i}"
 
 
 @pytest.mark.parametrize("sampler", ["unipc", "euler"])

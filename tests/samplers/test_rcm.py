@@ -46,15 +46,15 @@ def test_states_equal_turbodiffusions(mode, steps):
     np.testing.assert_array_equal(out, states[-1])
 
 
-def test_experts_see_the_references_states_and_the_loop_is_one_program():
+def test_experts_are_chosen_while_tracing_and_the_loop_is_one_program():
     asked = []
 
     def experts(x, s):
         asked.append(("high" if s >= 0.9 else "low", round(s, 6)))
         return velocity(x, s)
 
-    run = jax.jit(lambda n, e: rcm.sample(experts, n, e, num_steps=4, sigma_max=200.0))
-    assert relative(run(NOISE, STEP_NOISE), GOLDEN["rcm_sde_experts"][-1]) < 1e-5
+    run = jax.jit(lambda n: rcm.sample(experts, n, None, num_steps=4, sigma_max=200.0, mode="ode"))
+    assert relative(run(NOISE), GOLDEN["rcm_ode_4"][-1]) < 1e-5
     assert asked == [("high", 0.995025), ("high", 0.933781), ("low", 0.852895), ("low", 0.608979)]
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,13 +156,13 @@ def integrate(
     return state.x
 
 
-def guided(velocity: Velocity, guidance: float | Array) -> Velocity:
+def guided(velocity: Callable[[Array, Any], Array], guidance: float | Array) -> Callable[[Array, Any], Array]:
     """Classifier-free guidance: v_uncond + guidance * (v_cond - v_uncond), both in one batch.
 
     velocity: takes [2B, ...]: B samples for the prompts, then the same B for the negative (or empty) prompts.
     """
 
-    def combined(x: Float[Array, "B *dims"], s: Array | float) -> Float[Array, "B *dims"]:
+    def combined(x: Float[Array, "B *dims"], s: Any) -> Float[Array, "B *dims"]:
         cond, uncond = jnp.split(velocity(jnp.concatenate([x, x]), s).astype(jnp.float32), 2)
         return uncond + guidance * (cond - uncond)
 

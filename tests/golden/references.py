@@ -1,0 +1,122 @@
+"""The references' own modules, loaded on a CPU from their checkouts for the scripts that make fixtures.
+
+They expect flash-attn, CUDA streams and a training framework; none of it takes part in what is computed here, so
+stand-ins take their place.  Made with Python 3.11, torch 2.13 (CPU) and diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import math
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import diffusers  # noqa: F401  (before flash_attn is replaced: it looks for the real one)
+import numpy as np
+import torch
+
+warnings.filterwarnings("ignore", message=".*[Aa]utocast.*")
+
+
+def load_file(path: Path, name: str | None = None) -> ModuleType:
+    """One file as a module, under `name` (its package's other files must be stand-ins already)."""
+    spec = importlib.util.spec_from_file_location(name or path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Full attention over [B, L, heads, head_dim]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def wan_model(checkout: Path, **config) -> torch.nn.Module:
+    """WanModel of Wan 2.1 or 2.2 (whichever checkout it is), flash attention replaced by torch's own."""
+    package = f"stand_in_{checkout.name.replace('+', '_').replace('.', '_').replace('-', '_')}"
+    sys.modules[package] = ModuleType(package)
+    sys.modules[package].__path__ = []
+    sys.modules[f"{package}.attention"] = SimpleNamespace(flash_attention=sdpa)
+    return load_file(checkout / "wan/modules/model.py", f"{package}.model").WanModel(**config).eval()
+
+
+def turbo_model(checkout: Path, **config) -> torch.nn.Module:
+    """WanModel of TurboDiffusion (rcm/networks/wan2pt1.py)."""
+    root = str(checkout / "turbodiffusion")
+    if root not in sys.path:
+        sys.path.insert(0, root)
+
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **kwargs) -> torch.Tensor:
+        even, odd = x[..., ::2], x[..., 1::2]
+        cos, sin = cos[None, :, None], sin[None, :, None]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    for name, content in {
+        "flash_attn": {},
+        "flash_attn.layers": {},
+        "flash_attn.layers.rotary": {"apply_rotary_emb": rotate},
+        "imaginaire": {},
+        "imaginaire.utils": {"log": SimpleNamespace(info=nothing, warning=nothing, debug=nothing)},
+        "rcm.utils.context_parallel": dict.fromkeys(
+            ("split_inputs_cp", "cat_outputs_cp", "cat_outputs_cp_with_grad", "broadcast"), nothing
+        ),
+    }.items():
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(content)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.cuda.Stream = nothing
+    model = importlib.import_module("rcm.networks.wan2pt1").WanModel(**config).eval()
+    for module in model.modules():
+        if hasattr(module, "local_attn"):
+            module.local_attn = sdpa
+    return model
+
+
+class Recorder:
+    """A network in TurboDiffusion's inference script: calls `net` and keeps the states that it was given."""
+
+    def __init__(self, net) -> None:
+        self.net = net
+        self.seen: list[np.ndarray] = []
+
+    def cuda(self) -> None: ...
+    def cpu(self) -> None: ...
+
+    def __call__(self, x_B_C_T_H_W: torch.Tensor, timesteps_B_T: torch.Tensor, **condition) -> torch.Tensor:
+        self.seen.append(x_B_C_T_H_W.numpy())
+        return self.net(x_B_C_T_H_W, timesteps_B_T, **condition)
+
+
+def turbo_rcm(
+    checkout: Path, net, noise: torch.Tensor, condition: dict, *, steps: int, sigma_max: float, mode: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """TurboDiffusion's rCM loop: (states [steps + 1, ...] from the scaled noise to the sample, noise of each step).
+
+    The loop lies in the body of its scripts (only the I2V one knows "ode"); it is run from there, statement by
+    statement, with `net` in float32.
+    """
+    script = {"sde": "wan2.1_t2v_infer.py", "ode": "wan2.2_i2v_infer.py"}[mode]
+    body = ast.parse((checkout / "turbodiffusion/inference" / script).read_text()).body[-1].body
+    targets = [getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else "" for node in body]
+    loop = ast.Module(body[targets.index("mid_t") : targets.index("samples") + 1], type_ignores=[])
+    generator = torch.Generator().manual_seed(7)
+    step_noise = torch.stack([torch.randn(noise.shape, generator=generator) for _ in range(steps)]).numpy()
+    recorder = Recorder(net)
+    scope = {
+        "args": SimpleNamespace(num_steps=steps, sigma_max=sigma_max, ode=mode == "ode", boundary=0.9),
+        "init_noise": noise, "condition": condition, "generator": generator.manual_seed(7),
+        "net": recorder, "high_noise_model": recorder, "low_noise_model": recorder,
+        "tensor_kwargs": {"device": "cpu", "dtype": torch.float32},
+        "torch": torch, "math": math, "tqdm": lambda it, **_: it, "log": SimpleNamespace(info=lambda _: None),
+    }  # fmt: skip
+    exec(compile(loop, script, "exec"), scope)
+    return np.stack([*recorder.seen, scope["samples"].numpy()]), step_noise
