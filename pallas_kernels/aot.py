@@ -126,7 +126,7 @@ def compile_for(target: Target, fn: Callable[..., Any], args: Sequence[Any]) -> 
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tuple(args))
-    with compiling_for(target.arch):
+    with compiling_for(target.arch, int(target.figure("core_count"))):
         return jax.jit(fn).lower(*shapes).compile()
 
 

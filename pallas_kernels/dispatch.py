@@ -20,6 +20,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic_utils
 IMPLEMENTATIONS = (None, "xla", "mosaic_gpu", "interpret")
 
 _target_arch: ContextVar[tuple[int, int] | None] = ContextVar("target_arch", default=None)
+_target_cores: ContextVar[int | None] = ContextVar("target_cores", default=None)
 
 
 def gpu_arch() -> tuple[int, int]:
@@ -30,21 +31,27 @@ def gpu_arch() -> tuple[int, int]:
     return _target_arch.get() or mosaic_utils._infer_arch()
 
 
+def core_count() -> int:
+    """Streaming multiprocessors of that GPU: 132 (H100) where nothing says otherwise."""
+    return _target_cores.get() or getattr(jax.devices()[0], "core_count", None) or 132
+
+
 @contextlib.contextmanager
-def compiling_for(arch: tuple[int, int]) -> Iterator[None]:
+def compiling_for(arch: tuple[int, int], cores: int = 132) -> Iterator[None]:
     """Build kernels for a GPU that this machine does not have.
 
     Mosaic GPU asks the default device for its architecture and takes Hopper when there is none, so the answer has
     to be replaced; and ptxas keeps the first architecture it meets, so a process can compile for one only.
     """
-    token = _target_arch.set(arch)
+    tokens = _target_arch.set(arch), _target_cores.set(cores)
     original = mosaic_utils._infer_arch
     mosaic_utils._infer_arch = lambda: arch
     try:
         yield
     finally:
         mosaic_utils._infer_arch = original
-        _target_arch.reset(token)
+        _target_arch.reset(tokens[0])
+        _target_cores.reset(tokens[1])
 
 
 def dispatch(

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Num
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, gpu_arch
+from pallas_kernels.int8_gemm_hopper import HopperTiles, hopper_gemm
 from pallas_kernels.quantize import BLOCK, quantize_blockwise, quantize_per_token
 
 Activation = Literal["gelu_tanh"] | None
@@ -57,24 +58,49 @@ def int8_linear(
             out_dtype = x.dtype
         else:
             out_dtype = jnp.bfloat16 if residual is None else residual.dtype
+    dtype = jnp.dtype(out_dtype)
     batch = x.shape[:-1]
     x = _no_derivative(x)
     rows = x.reshape(-1, k)
-    blocks = weight_scale.ndim == 2
     if x_scale is None:
-        rows, x_scale = quantize_blockwise(rows) if blocks else quantize_per_token(rows)
-    elif not blocks:
+        rows, x_scale = (quantize_blockwise if weight_scale.ndim == 2 else quantize_per_token)(rows)
+    elif weight_scale.ndim == 1:
         x_scale = x_scale.reshape(-1)
+    # A gate that is the same for all rows is part of the kernels; any other is applied outside.
+    fused = residual is not None and (gate is None or gate.size == n)
+    product = dtype if fused or residual is None or weight_scale.ndim == 2 else jnp.float32
     y = dispatch(
         "int8_linear",
         implementation,
-        (rows, x_scale, weight_q, weight_scale, bias),
-        xla=partial(_xla_blocks if blocks else _xla_channels, activation=activation, dtype=jnp.dtype(out_dtype)),
-        kernel=None,
-        unsupported="the kernel is not written yet",
+        (
+            rows,
+            weight_q,
+            x_scale,
+            weight_scale,
+            bias,
+            residual.reshape(-1, n) if fused else None,
+            gate.reshape(n) if fused and gate is not None else None,
+        ),
+        xla=partial(_xla, activation=activation, dtype=product),
+        kernel=partial(_kernel, activation=activation, dtype=product),
+        unsupported=supports(rows.shape[0], n, k, product),
     )
     y = y.reshape(*batch, n)
-    return y if residual is None else add_gated(residual, gate, y, out_dtype)
+    return y if fused or residual is None else add_gated(residual, gate, y, dtype)
+
+
+def supports(m: int, n: int, k: int, dtype: jnp.dtype) -> str | None:
+    """Why the kernels cannot run a product of this shape, or None if they can."""
+    columns = BLOCK // jnp.dtype(dtype).itemsize
+    if k % BLOCK:
+        return f"K = {k} is not a multiple of {BLOCK} (a tile in shared memory)"
+    if n % columns:
+        return f"N = {n} is not a multiple of {columns} (128 bytes of {jnp.dtype(dtype).name})"
+    if m == 0:
+        return "there are no rows"
+    if gpu_arch() != (9, 0):
+        return f"there is no kernel for compute capability {gpu_arch()} yet"
+    return None
 
 
 def add_gated(residual: Array, gate: Array | None, y: Array, dtype: jnp.dtype) -> Array:
@@ -89,45 +115,68 @@ def _activate(y: Array, activation: Activation) -> Array:
     return y if activation is None else jax.nn.gelu(y, approximate=True)
 
 
-def _xla_channels(x, x_scale, weight_q, weight_scale, bias, *, activation, dtype):
-    """Rows in chunks, so that the INT32 product never exceeds XLA_CHUNK elements."""
+def _kernel(x, weight_q, x_scale, weight_scale, bias, residual, gate, *, activation, dtype, interpret):
+    m = x.shape[0]
+    # Tiles in memory are 8 rows high. Every Wan shape is a multiple; others pay for a copy.
+    x, residual = (None if a is None else jnp.pad(a, ((0, -m % 8), (0, 0))) for a in (x, residual))
+    operands = x, weight_q, x_scale, weight_scale.astype(jnp.float32), bias, residual, gate
+    tiles = HopperTiles(tile_n=128 if weight_scale.ndim == 2 else 256)
+    return hopper_gemm(*operands, activation=activation, dtype=dtype, tiles=tiles, interpret=interpret)[:m]
 
-    def chunk(rows):
-        q, scale = rows
-        acc = lax.dot_general(q, weight_q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        y = acc.astype(jnp.float32) * (scale[:, None] * weight_scale.astype(jnp.float32))
+
+def _xla(x, weight_q, x_scale, weight_scale, bias, residual, gate, *, activation, dtype):
+    """Rows in chunks, so that no product of more than XLA_CHUNK (or, in tiles, 2^20) elements is held."""
+    m, n = x.shape[0], weight_q.shape[0]
+    weight_scale = weight_scale.astype(jnp.float32)
+    if weight_scale.ndim == 2:
+        product, rows = (
+            _tile_product(weight_q, weight_scale, bias, activation, dtype),
+            max(BLOCK, 2**20 // n // BLOCK * BLOCK),
+        )
+        x_scale = jnp.repeat(x_scale, BLOCK, axis=0)[:m]
+    else:
+        product, rows = _channel_product(weight_q, weight_scale, bias, activation), max(1, XLA_CHUNK // n)
+
+    def chunk(part):
+        q, scale, residual = part
+        y = product(q, scale)
+        return y.astype(dtype) if residual is None else add_gated(residual, gate, y, dtype)
+
+    return _map_rows(chunk, (x, x_scale, residual), rows)
+
+
+def _channel_product(weight_q, weight_scale, bias, activation):
+    def product(q, scale):
+        total = lax.dot_general(q, weight_q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        y = total.astype(jnp.float32) * (scale[:, None] * weight_scale)
         if bias is not None:
             y = y + bias.astype(jnp.float32)
-        return _activate(y, activation).astype(dtype)
+        return _activate(y, activation)
 
-    return _map_rows(chunk, (x, x_scale), max(1, XLA_CHUNK // weight_q.shape[0]))
+    return product
 
 
-def _xla_blocks(x, x_scale, weight_q, weight_scale, bias, *, activation, dtype):
-    """Row tiles one after the other, tiles of K in the inner loop: the running sum stays in a core's cache."""
-    (m, k), n = x.shape, weight_q.shape[0]
-    tiles = weight_scale.shape[1]
-    pad = tiles * BLOCK - k
-    x = jnp.pad(x, ((0, 0), (0, pad))).reshape(m, tiles, BLOCK)
-    # K tiles in front, once per call: each step of the inner loop then reads one contiguous matrix.
-    weight = jnp.pad(weight_q, ((0, 0), (0, pad))).reshape(n, tiles, BLOCK).swapaxes(0, 1)
-    column_scale = jnp.repeat(weight_scale.astype(jnp.float32), BLOCK, axis=0)[:n].T
+def _tile_product(weight_q, weight_scale, bias, activation, dtype):
+    """Tiles of K in the inner loop over a few rows: the running sum stays in a core's cache."""
+    (n, k), tiles = weight_q.shape, weight_scale.shape[1]
+    padding = tiles * BLOCK - k
+    # Tiles in front, once per call: each step of the loop then reads one contiguous matrix.
+    weight = jnp.pad(weight_q, ((0, 0), (0, padding))).reshape(n, tiles, BLOCK).swapaxes(0, 1)
+    column_scale = jnp.repeat(weight_scale, BLOCK, axis=0)[:n].T
 
-    def chunk(rows):
-        q, scale = rows
+    def product(q, scale):
+        q = jnp.pad(q, ((0, 0), (0, padding))).reshape(-1, tiles, BLOCK)
 
-        def step(t, acc):
+        def step(t, total):
             dot = lax.dot_general(q[:, t], weight[t], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-            return acc + dot.astype(jnp.float32) * (scale[:, t, None] * column_scale[t])
+            return total + dot.astype(jnp.float32) * (scale[:, t, None] * column_scale[t])
 
-        acc = lax.fori_loop(0, tiles, step, jnp.zeros((q.shape[0], n), jnp.float32))
-        y = acc.astype(dtype)
+        y = lax.fori_loop(0, tiles, step, jnp.zeros((q.shape[0], n), jnp.float32)).astype(dtype)
         if bias is not None:
             y = y + bias.astype(dtype)
-        return _activate(y.astype(jnp.float32), activation).astype(dtype)
+        return _activate(y.astype(jnp.float32), activation)
 
-    row_scale = jnp.repeat(x_scale, BLOCK, axis=0)[:m]
-    return _map_rows(chunk, (x, row_scale), max(BLOCK, 2**20 // n // BLOCK * BLOCK))
+    return product
 
 
 def _map_rows(f, rows, size: int):

@@ -1,0 +1,59 @@
+"""The linear kernels at the shapes of the real Wan models, for `pallas_kernels.aot`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.aot import Case
+from pallas_kernels.int8_linear import int8_linear
+from pallas_kernels.quantize import BLOCK
+
+TOKENS = {"480p": 32760, "720p": 75600}
+# (in, out) of the products in a block of the 1.3B and the 14B model.
+PRODUCTS = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
+
+Shape = jax.ShapeDtypeStruct
+
+
+def compile_cases() -> list[Case]:
+    """Every linear kernel at 32,760 and 75,600 tokens."""
+    return [*_products()]
+
+
+def _products():
+    for size, tokens in TOKENS.items():
+        for k, n in PRODUCTS:
+            up = n > k
+            for granularity in ("channels", "blocks"):
+                if granularity == "blocks":
+                    scales = [
+                        Shape((_tiles(n), _tiles(k)), jnp.float32),
+                        Shape((_tiles(tokens), _tiles(k)), jnp.float32),
+                    ]
+                else:
+                    scales = [Shape((n,), jnp.float32), Shape((tokens,), jnp.float32)]
+                args = [Shape((tokens, k), jnp.int8), Shape((n, k), jnp.int8), *scales, Shape((n,), jnp.bfloat16)]
+                if not up:
+                    args += [Shape((tokens, n), jnp.bfloat16), Shape((n,), jnp.float32)]
+                yield Case(f"int8_linear_{granularity}_{size}_{k}_{n}", partial(_product, gelu=up), args, ("h100",))
+
+
+def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None, *, gelu):
+    return int8_linear(
+        x,
+        weight_q,
+        weight_scale,
+        bias,
+        x_scale=x_scale,
+        activation="gelu_tanh" if gelu else None,
+        residual=residual,
+        gate=gate,
+        implementation="mosaic_gpu",
+    )
+
+
+def _tiles(size: int) -> int:
+    return -(-size // BLOCK)

@@ -1,0 +1,200 @@
+"""The linear kernels on a real GPU: agreement with exact arithmetic, and time against XLA in the same run.
+
+    python -m pallas_kernels.hardware_check_linear --json OUT [--bench] [--sweep] [--only TEXT]
+
+Checks take about a minute, --bench three, --sweep (the tiles of the INT8 product) three more. Each case stands alone:
+one that fails is reported and the others run. Expect every error under its bound, and `int8_linear` ahead of bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.dispatch import gpu_arch
+from pallas_kernels.int8_gemm_hopper import HopperTiles, hopper_gemm
+from pallas_kernels.int8_linear import int8_linear
+from pallas_kernels.quantize import quantize_blockwise, quantize_per_channel, quantize_per_token
+from pallas_kernels.timing import seconds
+
+# (M, K, N) of the two Wan models at 480p: attention, then the two of the feed-forward.
+WAN = [
+    (32760, 1536, 1536),
+    (32760, 1536, 8960),
+    (32760, 8960, 1536),
+    (32760, 5120, 5120),
+    (32760, 5120, 13824),
+    (32760, 13824, 5120),
+]
+
+
+def random_product(m: int, k: int, n: int, blocks: bool, dtype=jnp.bfloat16, seed: int = 0) -> tuple:
+    """x, its INT8 form and scales, the weights' and a bias; x with outlier channels, x20."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    x = jax.random.normal(keys[0], (m, k)) * jnp.where(jnp.arange(k) % 100 == 7, 20.0, 1.0)
+    weight = jax.random.normal(keys[1], (n, k)) / np.sqrt(k)
+    x, bias = x.astype(dtype), jax.random.normal(keys[2], (n,)).astype(dtype)
+    q, x_scale = (quantize_blockwise if blocks else quantize_per_token)(x)
+    weight_q, weight_scale = (quantize_blockwise if blocks else quantize_per_channel)(weight)
+    return x, q, x_scale, weight_q, weight_scale, bias
+
+
+def exact_rows(q, x_scale, weight_q, weight_scale, bias, activation, rows) -> np.ndarray:
+    """Some rows of the product, with exact integers and float64 scales, on the host."""
+    q, weight_q = np.asarray(q)[rows].astype(np.float64), np.asarray(weight_q).astype(np.float64)
+    x_scale, weight_scale = np.asarray(x_scale, np.float64), np.asarray(weight_scale, np.float64)
+    if weight_scale.ndim == 1:
+        y = q @ weight_q.T * x_scale[rows][:, None] * weight_scale
+    else:
+        (n, k) = weight_q.shape
+        spread = np.repeat(np.repeat(weight_scale, 128, 0)[:n], 128, 1)[:, :k]
+        y = (q * np.repeat(x_scale, 128, 1)[rows // 128, :k]) @ (weight_q * spread).T
+    y = y + np.asarray(bias.astype(jnp.float32), np.float64)
+    if activation:
+        y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    return y
+
+
+def check_product(m, k, n, blocks, activation, residual, dtype=jnp.bfloat16) -> dict[str, Any]:
+    _, q, x_scale, weight_q, weight_scale, bias = random_product(m, k, n, blocks, dtype)
+    extra = {}
+    if residual:
+        keys = jax.random.split(jax.random.key(9))
+        extra = {"residual": jax.random.normal(keys[0], (m, n)).astype(dtype), "gate": jax.random.normal(keys[1], (n,))}
+    run = jax.jit(partial(int8_linear, activation=activation, out_dtype=dtype, implementation="mosaic_gpu"))
+    y = np.asarray(run(q, weight_q, weight_scale, bias, x_scale=x_scale, **extra).astype(jnp.float32))
+    again = np.asarray(run(q, weight_q, weight_scale, bias, x_scale=x_scale, **extra).astype(jnp.float32))
+    rows = np.unique(np.r_[0, m - 1, np.random.default_rng(0).integers(0, m, 200)])
+    expected = exact_rows(q, x_scale, weight_q, weight_scale, bias, activation, rows)
+    if residual:
+        gate, base = np.asarray(extra["gate"], np.float64), np.asarray(extra["residual"].astype(jnp.float32))[rows]
+        expected = base + gate * expected
+    error = np.linalg.norm(y[rows] - expected) / np.linalg.norm(expected)
+    # One rounding of the result, two more where tiles round as the reference does; the approximate tanh is below.
+    bound = (1 if dtype == jnp.bfloat16 else 2e-3) * (4e-3 if blocks else 2.5e-3)
+    return {
+        "relative_error": float(error),
+        "bound": bound,
+        "finite": bool(np.isfinite(y).all()),
+        "repeatable": bool((y == again).all()),
+        "ok": bool(error <= bound and np.isfinite(y).all() and (y == again).all()),
+    }
+
+
+def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    for blocks in (False, True):
+        kind = "blocks" if blocks else "channels"
+        for activation, residual in ((None, False), ("gelu_tanh", False), (None, True)):
+            name = f"int8_linear {kind} {activation or ''} {'residual' if residual else ''}"
+            for shape in ((32760, 1536, 1536), (77, 256, 192), (1, 128, 64), (4096, 13824, 5120)):
+                yield f"{name} {shape}", partial(check_product, *shape, blocks, activation, residual)
+        yield f"int8_linear {kind} float32", partial(check_product, 300, 384, 192, blocks, None, True, jnp.float32)
+
+
+def bench_product(m, k, n) -> dict[str, Any]:
+    x, q, x_scale, weight_q, weight_scale, bias = random_product(m, k, n, False)
+    _, block_q, block_scale, block_weight, block_weight_scale, _ = random_product(m, k, n, True)
+    weight = (weight_q.astype(jnp.float32) * weight_scale[:, None]).astype(jnp.bfloat16)
+    operations = 2 * m * n * k
+
+    def dot(a, b, dtype):
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+    def xla_int8(q, w, sx, sw, b):
+        return (dot(q, w, jnp.int32).astype(jnp.float32) * sx[:, None] * sw + b).astype(jnp.bfloat16)
+
+    forced = partial(int8_linear, implementation="mosaic_gpu")
+    variants: dict[str, Callable[[], float]] = {
+        "xla_bf16": lambda: seconds(lambda x, w, b: dot(x, w, jnp.bfloat16) + b, x, weight, bias),
+        "xla_int8_dot": lambda: seconds(lambda q, w: dot(q, w, jnp.int32), q, weight_q),
+        "xla_int8_scaled": lambda: seconds(xla_int8, q, weight_q, x_scale, weight_scale, bias),
+        "channels": lambda: seconds(
+            lambda q, w, sw, b, sx: forced(q, w, sw, b, x_scale=sx), q, weight_q, weight_scale, bias, x_scale
+        ),
+        "channels_gelu": lambda: seconds(
+            lambda q, w, sw, b, sx: forced(q, w, sw, b, x_scale=sx, activation="gelu_tanh"),
+            *(q, weight_q, weight_scale, bias, x_scale),
+        ),
+        "channels_quantising": lambda: seconds(forced, x, weight_q, weight_scale, bias),
+        "blocks": lambda: seconds(
+            lambda q, w, sw, b, sx: forced(q, w, sw, b, x_scale=sx),
+            *(block_q, block_weight, block_weight_scale, bias, block_scale),
+        ),
+    }
+    return _time_all(variants, operations)
+
+
+def sweep_product(m, k, n) -> dict[str, Any]:
+    _, q, x_scale, weight_q, weight_scale, bias = random_product(m, k, n, False)
+    variants = {}
+    for tile_n, stages in ((256, 4), (256, 3), (192, 4), (128, 6)):
+        for cluster in (1, 2):
+            for group in (4, 8, 16, 64):
+                tiles = HopperTiles(tile_n, stages, cluster, group)
+                product = partial(hopper_gemm, activation=None, dtype=jnp.bfloat16, tiles=tiles, interpret=False)
+                variants[str(tiles)] = partial(
+                    seconds, product, q, weight_q, x_scale, weight_scale, bias, None, None, budget=0.2
+                )
+    return _time_all(variants, 2 * m * n * k)
+
+
+def _time_all(variants: dict[str, Callable[[], float]], operations: float) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, measure in variants.items():
+        try:
+            result[name] = {"ms": 1e3 * (time_s := measure()), "tops": operations / time_s / 1e12}
+        except Exception as error:
+            result[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        print(f"    {name}: {result[name]}", flush=True)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.hardware_check_linear", description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--bench", action="store_true", help="time against XLA too")
+    parser.add_argument("--sweep", action="store_true", help="time the tiles of the INT8 product")
+    parser.add_argument("--only", default="", help="only cases whose name holds this")
+    options = parser.parse_args(argv)
+    device = jax.devices()[0]
+    results: dict[str, Any] = {"device": device.device_kind, "arch": gpu_arch(), "jax": jax.__version__, "cases": {}}
+    cases = list(checks())
+    if options.bench:
+        cases += [(f"bench {shape}", partial(bench_product, *shape)) for shape in WAN]
+    if options.sweep:
+        cases += [(f"sweep {shape}", partial(sweep_product, *shape)) for shape in WAN[:2] + WAN[4:]]
+    failed = 0
+    for name, case in cases:
+        if options.only not in name:
+            continue
+        start = time.perf_counter()
+        try:
+            result = case()
+        except Exception as error:
+            result = {
+                "ok": False,
+                "error": f"{type(error).__name__}: {error}"[:500],
+                "trace": traceback.format_exc()[-3000:],
+            }
+        failed += not result.get("ok", True)
+        results["cases"][name] = result
+        shown = {key: value for key, value in result.items() if key != "trace"}
+        print(f"{name} ({time.perf_counter() - start:.1f} s): {shown}", flush=True)
+        options.json.write_text(json.dumps(results, indent=1))
+    print(f"{failed} of {len(results['cases'])} failed on {device.device_kind}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

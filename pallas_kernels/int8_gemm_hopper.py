@@ -1,0 +1,254 @@
+"""The INT8 product of `int8_linear` on Hopper: wgmma, TMA, a persistent grid of warp-specialised blocks.
+
+A block computes tiles of [128, tile_n]: two warpgroups multiply, 64 rows each, while a third streams operands
+through a ring of `stages` slots and runs ahead into the next tile during the epilogue. Two blocks may form a cluster
+along M that shares each weight tile by multicast.
+
+Why these shapes (H100: 132 SMs, 4,096 INT8 multiply-adds a cycle and SM):
+- a [128, 256] tile of 128 deep is 1,024 cycles of tensor core against 48 KiB from L2, 48 B a cycle and SM. L2 gives
+  25 to 30, so the tile has to be this large, and the cluster (32 B) pays where both blocks stay in step;
+- 64 x 256 INT32 sums are 128 registers a thread; twice that spills. Rescaling every 128 of K (`blocks`) holds a
+  float32 sum beside them, hence its narrower tile.
+
+Expected on H100 (1,979 TOPS dense INT8, 3.35 TB/s), M = 32,760:
+    1536 -> 1536   155 GOP,  0.15 GB: 0.08 ms      5120 ->  5120  1.72 TOP, 0.53 GB: 0.87 ms
+    1536 -> 8960   902 GOP,  0.65 GB: 0.46 ms      5120 -> 13824  4.64 TOP, 1.14 GB: 2.34 ms
+All but the first (bytes: 0.05 ms) are bound by wgmma; bf16 takes at least twice as long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dispatch import core_count
+from pallas_kernels.quantize import BLOCK
+
+WARPGROUPS = 2
+ROWS = 64
+TILE_M = WARPGROUPS * ROWS
+TILE_K = 128
+SLOTS = 2  # staging buffers a warpgroup: one is stored while the other is filled
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperTiles:
+    """tile_n: columns a block. stages: ring slots. cluster: blocks along M sharing weights (1 or 2).
+    group: tiles of N that are walked together before M advances past them, so that weights stay in L2."""
+
+    tile_n: int = 256
+    stages: int = 4
+    cluster: int = 1
+    group: int = 8
+
+
+def hopper_gemm(
+    x, weight, x_scale, weight_scale, bias, residual, gate, *, activation, dtype, tiles: HopperTiles, interpret
+):
+    """[M, K] int8 and [N, K] int8 to [M, N] dtype. x_scale [M] and weight_scale [N], or both in 128x128 blocks."""
+    (m, k), n = x.shape, weight.shape[0]
+    blocks = weight_scale.ndim == 2
+    tile_n, stages, cluster = tiles.tile_n, tiles.stages, 1 if interpret else tiles.cluster
+    epilogue_n = BLOCK // jnp.dtype(dtype).itemsize  # a row of 128 bytes: the widest swizzle
+    k_steps = pl.cdiv(k, TILE_K)
+    m_tiles, n_tiles = pl.cdiv(m, TILE_M * cluster), pl.cdiv(n, tile_n)
+    operands = {"x": x, "weight": weight, "x_scale": x_scale, "weight_scale": weight_scale}
+    if not blocks:  # loads into registers are not clipped, so the vectors cover whole tiles
+        operands["x_scale"] = _pad(x_scale, m_tiles * TILE_M * cluster)
+        operands["weight_scale"] = _pad(weight_scale, n_tiles * tile_n)
+    if bias is not None:
+        operands["bias"] = _pad(bias.astype(jnp.float32), n_tiles * tile_n)
+    if residual is not None:
+        operands["residual"] = residual
+    if gate is not None:
+        operands["gate"] = _pad(gate.astype(jnp.float32), n_tiles * tile_n)
+
+    def body(*refs):
+        ref = dict(
+            zip([*operands, "out", "x_smem", "w_smem", "staging", "full", "empty", "arrived"], refs, strict=True)
+        )
+        warpgroup = lax.axis_index("wg")
+
+        def tile_loop(f):
+            """f(row, column, step): the tile's first row and column, and the ring step that it starts at."""
+
+            @plgpu.nd_loop((m_tiles * n_tiles,), collective_axes="cta")
+            def _(loop):
+                mi, ni = plgpu.planar_snake(loop.index[0], (m_tiles, n_tiles), 1, min(tiles.group, n_tiles))
+                if cluster > 1:
+                    mi = mi * cluster + lax.axis_index("cluster")
+                f(mi * TILE_M, ni * tile_n, loop.local_index * k_steps)
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def tile(row, column, first):
+                @pl.loop(0, k_steps)
+                def _(i):
+                    step = first + i
+                    slot = lax.rem(step, stages)
+
+                    @pl.when(step >= stages)
+                    def _():
+                        plgpu.barrier_wait(ref["empty"].at[slot])
+
+                    depth = pl.ds(i * TILE_K, TILE_K)
+                    full = ref["full"].at[slot]
+                    plgpu.copy_gmem_to_smem(ref["x"].at[pl.ds(row, TILE_M), depth], ref["x_smem"].at[slot], full)
+                    plgpu.copy_gmem_to_smem(
+                        ref["weight"].at[pl.ds(column, tile_n), depth],
+                        ref["w_smem"].at[slot],
+                        full,
+                        collective_axes="cluster" if cluster > 1 else None,
+                    )
+
+            tile_loop(tile)
+            # Every release is awaited: the peer of a cluster may still be reading, and the interpreter insists.
+            total = _local_tiles(m_tiles * n_tiles) * k_steps
+
+            @pl.loop(0, stages)
+            def _(i):
+                @pl.when(i < total)
+                def _():
+                    plgpu.barrier_wait(ref["empty"].at[lax.rem(jnp.maximum(total - stages, 0) + i, stages)])
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _multiply():
+            plgpu.set_max_registers(232, action="increase")
+            rows = pl.ds(warpgroup * ROWS, ROWS)
+
+            def operands_of(slot):
+                return ref["x_smem"].at[slot, rows], ref["w_smem"].at[slot].transpose((1, 0))
+
+            def channels(row, column, first):
+                def accumulate(acc):
+                    @pl.loop(0, k_steps)
+                    def _(i):
+                        slot = lax.rem(first + i, stages)
+                        plgpu.barrier_wait(ref["full"].at[slot])
+                        plgpu.wgmma(acc, *operands_of(slot))
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(i > 0)
+                        def _():
+                            plgpu.barrier_arrive(ref["empty"].at[lax.rem(first + i + stages - 1, stages)])
+
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(ref["empty"].at[lax.rem(first + k_steps - 1, stages)])
+                    return acc[...]
+
+                total = pl.run_scoped(accumulate, plgpu.ACC((ROWS, tile_n), jnp.int32))
+                row_scale = _load(ref["x_scale"].at[pl.ds(row + warpgroup * ROWS, ROWS)], 1)
+                return total, row_scale
+
+            def rescaled(row, column, first):
+                def step(i, acc):
+                    slot = lax.rem(first + i, stages)
+                    scale = ref["x_scale"][row // BLOCK, i] * ref["weight_scale"][column // BLOCK, i]
+                    plgpu.barrier_wait(ref["full"].at[slot])
+
+                    def dot(part):
+                        plgpu.wgmma(part, *operands_of(slot))
+                        return part[...]
+
+                    part = pl.run_scoped(dot, plgpu.ACC((ROWS, tile_n), jnp.int32))
+                    plgpu.barrier_arrive(ref["empty"].at[slot])
+                    return acc + part.astype(jnp.float32) * scale
+
+                zero = plgpu.layout_cast(jnp.zeros((ROWS, tile_n), jnp.float32), plgpu.Layout.WGMMA)
+                return lax.fori_loop(0, k_steps, step, zero), None
+
+            def tile(row, column, first):
+                total, row_scale = (rescaled if blocks else channels)(row, column, first)
+                out_rows = pl.ds(row + warpgroup * ROWS, ROWS)
+                for part in range(tile_n // epilogue_n):
+                    slot = warpgroup * SLOTS + part % SLOTS
+                    columns = pl.ds(column + part * epilogue_n, epilogue_n)
+                    stage = ref["staging"].at[slot]
+                    plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                    if residual is not None:
+                        plgpu.copy_gmem_to_smem(ref["residual"].at[out_rows, columns], stage, ref["arrived"].at[slot])
+                    y = total[:, part * epilogue_n : (part + 1) * epilogue_n].astype(jnp.float32)
+                    if not blocks:
+                        y = y * _across(row_scale, y, 0) * _across(_load(ref["weight_scale"].at[columns], 0), y, 1)
+                    y = _epilogue(y, ref, columns, blocks, activation, dtype)
+                    if residual is not None:
+                        plgpu.barrier_wait(ref["arrived"].at[slot])
+                        if gate is not None:
+                            y = y * _across(_load(ref["gate"].at[columns], 0), y, 1)
+                        y = plgpu.load(stage, layout=plgpu.Layout.WGMMA).astype(jnp.float32) + y
+                    stage[...] = y.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(stage, ref["out"].at[out_rows, columns])
+
+            tile_loop(tile)
+            plgpu.wait_smem_to_gmem(0)
+
+    body.__name__ = f"int8_gemm_{'blocks' if blocks else 'channels'}"
+    ctas = min(core_count() // cluster, m_tiles * n_tiles)
+    barrier = plgpu.Barrier
+    if cluster > 1:
+        empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=stages)
+    else:
+        empty = barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((m, n), dtype),
+        grid=(2 if interpret else ctas,),
+        grid_names=("cta",),
+        **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((stages, TILE_M, TILE_K), jnp.int8),
+            plgpu.SMEM((stages, tile_n, TILE_K), jnp.int8),
+            plgpu.SMEM((WARPGROUPS * SLOTS, ROWS, epilogue_n), dtype),
+            barrier(num_arrivals=2, num_barriers=stages),
+            empty,
+            barrier(num_barriers=WARPGROUPS * SLOTS),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(*operands.values())
+
+
+def _epilogue(y, ref, columns, blocks, activation, dtype):
+    """Bias and activation; tiles round where the reference rounds: after the sum and after the bias."""
+    if blocks:
+        y = y.astype(dtype).astype(jnp.float32)
+    if "bias" in ref:
+        y = y + _across(_load(ref["bias"].at[columns], 0), y, 1)
+    if blocks:
+        y = y.astype(dtype).astype(jnp.float32)
+    return gelu_tanh(y) if activation else y
+
+
+def gelu_tanh(y):
+    """tanh.approx errs by 2^-11, so this by at most 2^-12 |y|: an eighth of rounding y to bf16."""
+    return 0.5 * y * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)))
+
+
+def _local_tiles(tiles: int):
+    """How many of the tiles this block takes in a round over the grid."""
+    cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
+    return tiles // ctas + (cta < tiles % ctas).astype(jnp.int32)
+
+
+def _load(ref, axis):
+    """A vector from global memory in the layout of a [64, n] accumulator without its other axis."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+
+
+def _across(vector, like, axis):
+    return lax.broadcast_in_dim(vector, like.shape, [axis])
+
+
+def _pad(vector, length):
+    return jnp.pad(vector.astype(jnp.float32), (0, length - vector.shape[0]))
