@@ -21,6 +21,7 @@ from turbojax.errors import UserError
 from turbojax.models.dit import WanDiT
 from turbojax.models.umt5 import UMT5Encoder
 from turbojax.models.vae import WanVAE
+from turbojax.quant import QuantizedLinear, quantize_dit
 
 DIT = DiTConfig(dim=16, ffn_dim=24, num_heads=2, num_layers=3, text_dim=8, freq_dim=8, linear_branch=True)
 VAE = VAEConfig(base_dim=4, z_dim=2, latents_mean=(0.5, -1.0), latents_std=(2.0, 3.0))
@@ -70,6 +71,19 @@ def test_parameters_may_come_as_a_tree_and_have_no_dtype_of_their_own(tmp_path, 
     leaves = {path: Leaf.of(value.astype(np.float32)) for path, value in flat(module).items()}
     save_component(tmp_path / "leaves", Component(DIT, leaves), format=format)
     assert flat(load_component(tmp_path / "leaves"))["blocks.ffn.up.kernel"].dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("format", ["orbax", "safetensors"])
+@pytest.mark.parametrize("granularity", ["block", "channel"])
+def test_int8_weights_stay_int8(tmp_path, format, granularity):
+    module = quantize_dit(dit(), granularity)
+    save_component(tmp_path / "out", module, format=format)
+    loaded = load_component(tmp_path / "out")
+    assert isinstance(loaded.blocks.ffn.up, QuantizedLinear)
+    assert loaded.blocks.ffn.up.weight_q.dtype == np.int8
+    assert_same(flat(loaded), flat(module))
+    storage = json.loads((tmp_path / "out" / "config.json").read_text())["storage"]
+    assert storage["quantized"]["blocks.self_attn.o"] == granularity
 
 
 def test_a_parameter_larger_than_a_chunk_is_written_and_read_by_rows(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def open_component(directory: str | Path) -> Component:
 
 
 def abstract_module(
-    config: ComponentConfig, dtype: DTypeLike | None = None, quantized: Mapping[str, str] = MappingProxyType({})
+    config: ComponentConfig, dtype: DTypeLike | None = None, quantized: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:
     """The module of `config` with shapes and dtypes but no arrays.
 
@@ -134,21 +134,29 @@ def abstract_module(
     """
     module_name, class_name, _ = _MODULES[type(config)]
     cls = getattr(importlib.import_module(module_name), class_name)
-    module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
-    if quantized:
-        raise NotImplementedError("quantised components: waiting for turbojax.quant")
-    return module
+
+    def make() -> Any:
+        module = cls(config, rngs=nnx.Rngs(0), dtype=dtype)
+        if not quantized:
+            return module
+        from turbojax.quant import quantize_linears
+
+        return quantize_linears(module, quantized)
+
+    return nnx.eval_shape(make)
 
 
-def abstract_leaves(config: ComponentConfig, dtype: DTypeLike | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter of an unquantised module, by dotted path."""
-    state = nnx.state(abstract_module(config, dtype))
+def abstract_leaves(
+    config: ComponentConfig, dtype: DTypeLike | None = None, quantized: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of `abstract_module`, by dotted path."""
+    state = nnx.state(abstract_module(config, dtype, quantized))
     return {path_name(path): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}
 
 
-def quantized_layout(leaves: Mapping[str, Any]) -> dict[str, str]:
+def quantized_layout(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Which layers hold int8 weights, and how their scales lie: path -> "block" or "channel"."""
-    layout = {}
+    layout: dict[str, Any] = {}
     for path, leaf in leaves.items():
         if path.endswith(".weight_q"):
             layer = path.removesuffix(".weight_q")
