@@ -1,13 +1,12 @@
 """umT5 computes what transformers' UMT5EncoderModel computes, and what is masked has no say."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from golden import seeded
+from golden.modules import module_with, relative
 
 from turbojax.config import UMT5Config
 from turbojax.models.umt5 import UMT5Encoder, relative_position_buckets
@@ -40,34 +39,16 @@ def flat_from_transformers(weights: dict[str, np.ndarray]) -> dict[str, np.ndarr
     }
 
 
-def filled(make: Callable[[], nnx.Module], flat: dict[str, np.ndarray]) -> nnx.Module:
-    """The module that `make` builds, with these parameters; no initial weight is ever drawn."""
-    graph, state = nnx.split(nnx.eval_shape(make))
-    leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
-    assert {k: leaf.shape for k, (_, leaf) in leaves.items()} == {k: v.shape for k, v in flat.items()}
-    filled = [(path, leaf.replace(jnp.asarray(flat[k], leaf.dtype))) for k, (path, leaf) in leaves.items()]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
 @pytest.fixture(scope="module")
 def golden():
     shapes, arrays = seeded.load("umt5")
     return flat_from_transformers(seeded.weights(shapes)), arrays
 
 
-def encoder(flat, **kwargs) -> UMT5Encoder:
-    return filled(lambda: UMT5Encoder(CONFIG, rngs=nnx.Rngs(0), **kwargs), flat)
-
-
-def relative(a, b) -> float:
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
 @pytest.mark.parametrize("unroll", [1, True])
 def test_equals_transformers_in_float32(golden, unroll):
     flat, g = golden
-    out = encoder(flat, dtype=jnp.float32)(g["ids"], g["mask"], unroll=unroll)
+    out = module_with(CONFIG, flat)(g["ids"], g["mask"], unroll=unroll)
     # Both sum in float32, in different orders.
     assert relative(out, g["output"]) < 1e-5
     assert not np.asarray(out)[g["mask"] == 0].any()
@@ -75,7 +56,7 @@ def test_equals_transformers_in_float32(golden, unroll):
 
 def test_bfloat16_stays_near_float32(golden):
     flat, g = golden
-    out = encoder(flat)(g["ids"], g["mask"])
+    out = module_with(CONFIG, flat, None)(g["ids"], g["mask"])
     assert out.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits (2**-9 a rounding); a dozen roundings in a row over two layers.
     assert relative(out, g["output"]) < 3e-2
@@ -90,7 +71,7 @@ def test_buckets_are_the_references(golden):
 
 def test_padding_changes_nothing(golden):
     flat, g = golden
-    model = encoder(flat, dtype=jnp.float32)
+    model = module_with(CONFIG, flat)
     ids, mask = g["ids"][1:], g["mask"][1:]
     n = int(mask.sum())
     other = np.where(mask == 0, 7, ids)  # other tokens under the mask
@@ -101,7 +82,7 @@ def test_padding_changes_nothing(golden):
 
 def test_is_differentiable_and_jits_as_a_function_of_its_state(golden):
     flat, g = golden
-    graph, state = nnx.split(encoder(flat, dtype=jnp.float32))
+    graph, state = nnx.split(module_with(CONFIG, flat))
     ids, mask = g["ids"][:, :8], g["mask"][:, :8]
 
     @jax.jit

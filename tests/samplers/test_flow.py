@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import seeded
+from golden.modules import relative
 
 from turbojax.errors import UserError
 from turbojax.samplers import flow
@@ -24,10 +25,6 @@ def walk(solver: flow.Solver, noise) -> np.ndarray:
         state = solver.step(state, velocity(state.x, s), row)
         points.append(state.x)
     return np.stack(points)
-
-
-def relative(a, b) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 CASES = {

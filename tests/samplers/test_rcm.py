@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import seeded
+from golden.modules import relative
 
 from turbojax.errors import UserError
 from turbojax.samplers import rcm
@@ -18,10 +19,6 @@ def velocity(x, s):
     assert isinstance(s, float)  # static, or experts could not be chosen while tracing
     hidden = jnp.tanh(x @ WEIGHTS["inner"].T + s * WEIGHTS["time"].T)
     return 0.5 * x + hidden @ WEIGHTS["outer"].T
-
-
-def relative(a, b) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
