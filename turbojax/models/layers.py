@@ -6,6 +6,7 @@ Linear layers hold `kernel` as (in, out).  Everything is a flax.nnx module over 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,30 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype))
 
-    def __call__(self, x: Float[Array, "*rows K"]) -> Float[Array, "*rows N"]:
+    def __call__(
+        self, x: Float[Array, "*rows K"], activation: Literal["gelu_tanh"] | None = None
+    ) -> Float[Array, "*rows N"]:
+        y = self._product(x)
+        if activation is None:
+            return y
+        # Float32 inside the activation: free on a GPU, where it is fused, and four times faster on a CPU.
+        return jax.nn.gelu(y.astype(jnp.float32), approximate=True).astype(y.dtype)
+
+    def onto(
+        self, residual: Float[Array, "B L N"], x: Float[Array, "B L K"], gate: Float[Array, "B 1 N"] | None = None
+    ) -> Float[Array, "B L N"]:
+        """residual + gate * self(x), in float32, rounded once."""
+        y = self._product(x).astype(jnp.float32)
+        y = y if gate is None else y * gate
+        return (residual.astype(jnp.float32) + y).astype(residual.dtype)
+
+    def modulated(
+        self, x: Float[Array, "B L K"], shift: Float[Array, "..."], scale: Float[Array, "..."], eps: float
+    ) -> Float[Array, "B L K"]:
+        """norm(x) * (1 + scale) + shift, as this layer takes it: computed in float32, rounded once to x's dtype."""
+        return (standardize(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
+
+    def _product(self, x: Float[Array, "*rows K"]) -> Float[Array, "*rows N"]:
         # Rows are flattened so that the weight gradient contracts one dimension: XLA's CPU backend has a
         # thirty times slower path for bfloat16 gradients that contract two.
         rows = x.reshape(-1, x.shape[-1])
@@ -47,15 +71,12 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Affine layer norm in float32, returned in x's dtype (Wan: before cross-attention)."""
+    """The affine parameters of a layer norm, float32 (Wan: before cross-attention)."""
 
     def __init__(self, dim: int, eps: float):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
         self.eps = eps
-
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return (standardize(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 def standardize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:
@@ -63,13 +84,6 @@ def standardize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-
-
-def modulate(
-    x: Float[Array, "B L D"], shift: Float[Array, "B 1 D"], scale: Float[Array, "B 1 D"], eps: float
-) -> Float[Array, "B L D"]:
-    """norm(x) * (1 + scale) + shift in float32, rounded once to x's dtype."""
-    return (standardize(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
 
 
 def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,19 +102,6 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[np.ndarray, n
         angles.append(np.broadcast_to(table.reshape(shape), (*grid, width // 2)))
     angle = np.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def apply_rope(
-    x: Float[Array, "B L H d"], cos: Float[Array, "L half"], sin: Float[Array, "L half"]
-) -> Float[Array, "B L H d"]:
-    """Turn the interleaved pairs (2j, 2j+1) of every head by the token's angle, in float32.
-
-    Written as x*cos + swap(x)*sin, which XLA's CPU backend runs three times faster than slicing even and odd.
-    """
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    swapped = pairs[..., ::-1] * jnp.array([-1.0, 1.0], jnp.float32)
-    turned = pairs * cos[None, :, None, :, None] + swapped * sin[None, :, None, :, None]
-    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def timestep_embedding(timestep: Float[Array, "B"], dim: int) -> Float[Array, "B dim"]:
