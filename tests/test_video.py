@@ -123,7 +123,11 @@ def test_refuses_a_folder_that_takes_no_files():
 def test_refuses_what_it_cannot_read(tmp_path):
     (tmp_path / "text.gif").write_text("not a gif")
     (tmp_path / "text.mp4").write_text("not a video")
-    for name, message in [("text.gif", "not a gif"), ("text.mp4", "text.mp4: .*Invalid data"), ("gone.gif", "no such file")]:
+    for name, message in [
+        ("text.gif", "not a gif"),
+        ("text.mp4", "text.mp4: .*Invalid data"),
+        ("gone.gif", "no such file"),
+    ]:
         with pytest.raises(UserError, match=message):
             read_video(tmp_path / name)
     with pytest.raises(UserError, match=r"expected \.mp4 or \.gif"):

@@ -1,9 +1,9 @@
 """What a pipeline folder says about itself, and which pipelines ship: read without JAX, checked before any load.
 
-    FOLDER/pipeline.json      how the model samples by default, and where its parts are (below)
-    FOLDER/dit/               config.json + params (the high-noise expert where there are two)
-    FOLDER/dit_low/           the low-noise expert; present exactly when `boundary` is set
-    FOLDER/vae/  FOLDER/text_encoder/  FOLDER/tokenizer/tokenizer.json
+FOLDER/pipeline.json      how the model samples by default, and where its parts are (below)
+FOLDER/dit/               config.json + params (the high-noise expert where there are two)
+FOLDER/dit_low/           the low-noise expert; present exactly when `boundary` is set
+FOLDER/vae/  FOLDER/text_encoder/  FOLDER/tokenizer/tokenizer.json
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class PipelineConfig:
 
     steps and guidance belong to `sampler`; guidance is (low-noise expert, high-noise expert), 1 = none.
     sigma_max: start of the rCM samplers, in EDM's sigma. size: (width, height) in pixels.
+    quant: "w8a8" where the stored weights are int8 already.
+    round_timestep: the model learned from timesteps rounded to bfloat16, as TurboDiffusion's did.
     parts: where each part lies, relative to the folder.
     """
 
@@ -70,6 +72,8 @@ class PipelineConfig:
     topk: float = 0.1
     block_q: int = 128
     block_k: int = 64
+    quant: str = "none"
+    round_timestep: bool = False
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -105,15 +109,26 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True)
-class PipelineFolder:
-    """A pipeline folder whose parts are all there and fit together; no weight has been read yet."""
+class PipelineSpec:
+    """The shapes of a pipeline's models and how it samples: all that is needed to check a request."""
 
     name: str
     config: PipelineConfig
-    paths: Mapping[str, Path]
     dit: DiTConfig
     vae: VAEConfig
     text_encoder: UMT5Config
+
+    def __post_init__(self) -> None:
+        name, dit, vae = self.name, self.dit, self.vae
+        if dit.text_dim != self.text_encoder.dim:
+            raise UserError(
+                f"model {name}: dit reads text of width {dit.text_dim}, text_encoder gives {self.text_encoder.dim}"
+            )
+        if dit.out_channels != vae.z_dim or dit.in_channels not in (vae.z_dim, 2 * vae.z_dim + 4):
+            raise UserError(
+                f"model {name}: dit takes {dit.in_channels} and gives {dit.out_channels} latent channels, "
+                f"vae has {vae.z_dim}"
+            )
 
     @property
     def size_unit(self) -> int:
@@ -126,6 +141,14 @@ class PipelineFolder:
         return self.dit.in_channels == 2 * self.vae.z_dim + 4
 
 
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline whose parts are all there, at `paths`, and fit together; no weight has been read yet."""
+
+    spec: PipelineSpec
+    paths: Mapping[str, Path]
+
+
 def find_pipeline(model: str | Path) -> PipelineFolder:
     """Find and check a pipeline by shipped name or folder.
 
@@ -136,23 +159,17 @@ def find_pipeline(model: str | Path) -> PipelineFolder:
     if not root.is_dir():
         if name in PRESETS:
             raise UserError(f"{name} has no weights here; convert a checkpoint first: turbojax convert --help")
-        raise UserError(f"unknown model {name!r}; known: {', '.join(SHIPPED)}, or a folder that `turbojax convert` made")
+        raise UserError(
+            f"unknown model {name!r}; known: {', '.join(SHIPPED)}, or a folder that `turbojax convert` made"
+        )
     config = PipelineConfig.from_json(_read(root / "pipeline.json", name))
     names = ["dit", "vae", "text_encoder", "tokenizer"] + (["dit_low"] if config.boundary is not None else [])
     paths = {part: (root / config.parts.get(part, part)).resolve() for part in names}
     parts = {part: _part_config(part, path, name) for part, path in paths.items() if part in _KINDS}
     _read(paths["tokenizer"] / "tokenizer.json", name)
-    dit, vae, text_encoder = parts["dit"], parts["vae"], parts["text_encoder"]
-    if "dit_low" in parts and parts["dit_low"] != dit:
+    if "dit_low" in parts and parts["dit_low"] != parts["dit"]:
         raise UserError(f"model {name}: the experts dit and dit_low differ in shape")
-    if dit.text_dim != text_encoder.dim:
-        raise UserError(f"model {name}: dit reads text of width {dit.text_dim}, text_encoder gives {text_encoder.dim}")
-    if dit.out_channels != vae.z_dim or dit.in_channels not in (vae.z_dim, 2 * vae.z_dim + 4):
-        raise UserError(
-            f"model {name}: dit takes {dit.in_channels} and gives {dit.out_channels} latent channels, "
-            f"vae has {vae.z_dim}"
-        )
-    return PipelineFolder(name, config, paths, dit, vae, text_encoder)
+    return PipelineFolder(PipelineSpec(name, config, parts["dit"], parts["vae"], parts["text_encoder"]), paths)
 
 
 def _part_config(part: str, path: Path, model: str) -> Any:

@@ -61,8 +61,7 @@ class Video:
         suffix = ".gif" if _ffmpeg() is None else ".mp4"
         with tempfile.TemporaryDirectory() as folder:
             data = base64.b64encode(self.save(Path(folder) / f"clip{suffix}").read_bytes()).decode()
-        height, width = self.frames.shape[1:3]
-        shown = f'width="{max(width, 256)}" title="{html.escape(str(self.metadata.get("prompt", "")))}"'
+        shown = f'width="{max(self.frames.shape[2], 256)}" title="{html.escape(str(self.metadata.get("prompt", "")))}"'
         if suffix == ".gif":
             return f'<img {shown} src="data:image/gif;base64,{data}">'
         return f'<video {shown} controls autoplay loop muted src="data:video/mp4;base64,{data}"></video>'

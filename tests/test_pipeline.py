@@ -1,0 +1,249 @@
+"""Prompts become clips as the parts say they should, reproducibly, and mistakes are found before any work."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_pipeline
+from flax import nnx
+
+import turbojax
+from turbojax.errors import UserError
+from turbojax.pipeline import Pipeline, draw_noise
+from turbojax.pipeline_config import PipelineConfig, find_pipeline
+from turbojax.programs import Programs
+from turbojax.samplers import flow, rcm
+from turbojax.settings import resolve
+
+PROMPT = "a red circle moving right"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return small_pipeline.pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    return small_pipeline.save(pipe, tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def clip(pipe) -> turbojax.Video:
+    return pipe.generate(PROMPT, seed=1)
+
+
+def by_hand(pipe: Pipeline, prompt: str, seed: int, **options) -> np.ndarray:
+    """The clip put together step by step, conditional and unconditional passes apart."""
+    settings = resolve(pipe.spec, **options)
+    noise, step_noise = draw_noise([seed], pipe._latent_shape(settings), settings)
+    contexts = [pipe.text_encoder(*pipe.tokenizer(text)) for text in (prompt, settings.negative_prompt)]
+    high, low = (None if dit is None else compiled(dit) for dit in (pipe.dit, pipe.dit_low))
+
+    def velocity(x, s):
+        is_high = settings.boundary is None or float(s) >= settings.boundary
+        dit, g = (high, settings.guidance[1]) if is_high else (low, settings.guidance[0])
+        cond, uncond = (dit(x, jnp.array([1000.0 * s]), context) for context in contexts)
+        return uncond + g * (cond - uncond)
+
+    if settings.sampler.startswith("rcm"):
+        grid = {"num_steps": settings.steps, "sigma_max": settings.sigma_max}
+        latents = rcm.sample(velocity, jnp.asarray(noise), jnp.asarray(step_noise), **grid, mode=settings.sampler[4:])
+    else:
+        solver = flow.unipc_solver(settings.steps, settings.shift)
+        state = solver.start(jnp.asarray(noise))
+        for s, row in zip(solver.times, solver.table, strict=True):
+            state = solver.step(state, velocity(state.x, s), row)
+        latents = state.x
+    return np.asarray((pipe.vae.decode(latents)[0] + 1) * 127.5)
+
+
+def compiled(module):
+    graph, state = nnx.split(module)
+    forward = jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments))
+    return lambda *arguments: forward(state, *arguments)
+
+
+def assert_same_picture(frames: np.ndarray, exact: np.ndarray) -> None:
+    # Half a level from rounding, and a little because the order of float32 sums differs between the two ways.
+    assert frames.shape == exact.shape
+    assert np.abs(frames - exact).max() < 0.75
+    assert exact.std() > 5  # a picture, not a flat field that would agree with anything
+
+
+def test_a_prompt_becomes_a_clip(clip):
+    assert clip.frames.shape == (5, 48, 32, 3)  # size is width x height
+    assert clip.frames.dtype == np.uint8
+    assert clip.fps == 8
+    assert set(clip.timings) == {"compile", "text", "dit", "vae", "total"}
+    assert clip.metadata["prompt"] == PROMPT
+    assert clip.metadata["seed"] == 1
+    assert clip.metadata["settings"]["guidance"] == [2.0, 2.0]
+    assert clip.metadata["versions"]["jax"] == jax.__version__
+    json.dumps(clip.metadata)
+
+
+def test_guided_unipc_is_what_the_parts_give_by_hand(pipe, clip):
+    assert_same_picture(clip.frames, by_hand(pipe, PROMPT, 1))
+
+
+def test_rcm_is_what_the_parts_give_by_hand(pipe):
+    options = {"sampler": "rcm-sde", "steps": 2}
+    assert_same_picture(pipe.generate(PROMPT, seed=3, **options).frames, by_hand(pipe, PROMPT, 3, **options))
+
+
+def test_two_experts_share_the_steps_at_the_boundary_each_with_its_guidance():
+    pipe = small_pipeline.pipeline(boundary=0.8, guidance=(3.0, 1.5))
+    high = (flow.unipc_solver(3, pipe.spec.config.shift).times >= 0.8).sum()
+    assert 0 < high < 3  # both experts get a turn
+    assert_same_picture(pipe.generate(PROMPT).frames, by_hand(pipe, PROMPT, 0))
+
+
+def test_a_second_clip_compiles_nothing(pipe, clip, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(jax, "jit", fail)
+    pipe.generate("a blue square moving left", seed=2)
+
+
+def test_a_clip_depends_on_its_prompt_and_seed_and_not_on_its_company(pipe, clip):
+    prompts = ["a blue square", PROMPT]
+    clips = pipe.generate(prompts, seed=[0, 1])
+    assert [(c.metadata["prompt"], c.metadata["seed"]) for c in clips] == [(p, s) for p in prompts for s in (0, 1)]
+    np.testing.assert_array_equal(clips[3].frames, clip.frames)
+    others = [c.frames for c in clips[:3]]
+    assert all(np.abs(other - clip.frames.astype(int)).max() > 5 for other in others)
+
+
+def test_batches_give_the_same_clips_and_the_last_may_be_short(pipe, clip):
+    clips = pipe.generate(["a blue square", PROMPT, "a red square"], seed=1, batch_size=2)
+    assert len(clips) == 3
+    assert np.abs(clips[1].frames - clip.frames.astype(int)).max() <= 1
+
+
+def test_changed_weights_count_at_once_with_and_without_int8(pipe, clip):
+    quantized = pipe.generate(PROMPT, seed=1, quant="w8a8").frames
+    assert 0 < np.abs(quantized - clip.frames.astype(float)).mean() < 10
+    kernel = pipe.dit.head.kernel
+    before = kernel[...]
+    try:
+        kernel[...] = jnp.zeros_like(before)
+        pipe.dit.head.bias[...], bias = jnp.zeros_like(pipe.dit.head.bias[...]), pipe.dit.head.bias[...]
+        plain, int8 = (pipe.generate(PROMPT, seed=1, quant=quant).frames for quant in ("none", "w8a8"))
+        np.testing.assert_array_equal(plain, int8)  # no velocity: the noise itself, whatever the linears hold
+    finally:
+        kernel[...] = before
+        pipe.dit.head.bias[...] = bias
+    np.testing.assert_array_equal(pipe.generate(PROMPT, seed=1).frames, clip.frames)
+
+
+def test_noise_of_a_seed_is_the_same_for_every_sampler_and_fresh_for_every_step(pipe):
+    shape = (2, 4, 6, 4)
+    sde = resolve(pipe.spec, sampler="rcm-sde")
+    start, steps = draw_noise([5, 6], shape, sde)
+    assert start.shape == (2, *shape)
+    assert steps is not None
+    assert steps.shape == (4, 2, *shape)
+    again, none = draw_noise([6], shape, resolve(pipe.spec))
+    assert none is None
+    np.testing.assert_array_equal(again[0], start[1])
+    draws = np.stack([start, *steps]).reshape(10, -1)
+    assert np.abs(np.corrcoef(draws) - np.eye(10)).max() < 0.3  # 192 numbers each: 4 standard errors
+    assert abs(draws.mean()) < 0.1
+    assert abs(draws.std() - 1) < 0.1
+
+
+def test_the_progress_bar_counts_every_step(pipe, clip, capsys):
+    pipe.generate(PROMPT, seed=[1, 2], progress=True)
+    jax.effects_barrier()
+    assert "6/6 steps" in capsys.readouterr().err
+    pipe.generate(PROMPT, seed=1, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_words_that_the_model_never_learned_are_named(pipe, clip):
+    with pytest.warns(UserWarning, match="small never learned the words elephant"):
+        pipe.generate("a red elephant", seed=1)
+
+
+def test_a_saved_pipeline_makes_the_same_clip(folder, clip):
+    np.testing.assert_array_equal(Pipeline.load(folder).generate(PROMPT, seed=1).frames, clip.frames)
+
+
+def test_parts_may_lie_elsewhere(folder, tmp_path):
+    shutil.copytree(folder / "dit", tmp_path / "student")
+    config = json.loads((folder / "pipeline.json").read_text())
+    shared = {part: str(folder / part) for part in ("vae", "text_encoder", "tokenizer")}
+    (tmp_path / "student" / "pipeline.json").write_text(json.dumps({**config, "parts": {"dit": ".", **shared}}))
+    assert find_pipeline(tmp_path / "student").spec.dit == small_pipeline.DIT
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "pipeline.json",
+        "dit/config.json",
+        "dit/params.safetensors",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_a_folder_that_lacks_a_part_says_which(folder, tmp_path, lost):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / lost).unlink()
+    with pytest.raises(UserError, match=f"lacks a part: no .*{lost.rpartition('/')[0]}"):
+        Pipeline.load(broken)
+
+
+def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
+    def changed(**changes) -> None:
+        broken = shutil.copytree(folder, tmp_path / "broken", dirs_exist_ok=True)
+        config = json.loads((broken / "pipeline.json").read_text())
+        (broken / "pipeline.json").write_text(json.dumps({**config, **changes}))
+        find_pipeline(broken)
+
+    with pytest.raises(UserError, match="has no field stepz"):
+        changed(stepz=3)
+    with pytest.raises(UserError, match="unknown preset 'huge'"):
+        changed(preset="huge")
+    with pytest.raises(UserError, match=r"lacks a part: no .*dit_low"):
+        changed(boundary=0.9)
+    with pytest.raises(UserError, match="holds a UMT5Config, but vae needs a VAEConfig"):
+        changed(parts={"vae": "text_encoder"})
+    with pytest.raises(UserError, match="unknown model 'nowhere'; known: tiny"):
+        find_pipeline("nowhere")
+    with pytest.raises(UserError, match=r"wan2\.1-t2v-14b has no weights here; convert a checkpoint"):
+        find_pipeline("wan2.1-t2v-14b")
+
+
+def test_a_pipeline_file_says_everything_and_may_say_little():
+    config = small_pipeline.config(boundary=0.9, parts={"dit": "."})
+    assert PipelineConfig.from_json(config.to_json()) == config
+    assert PipelineConfig.from_json('{"preset": "tiny"}') == PipelineConfig.from_preset("tiny")
+
+
+def test_mistakes_are_found_before_anything_runs(pipe, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("went to work")
+
+    monkeypatch.setattr(Programs, "get", fail)
+    monkeypatch.setattr(nnx, "split", fail)
+    for options in ({"frames": 4}, {"size": (33, 32)}, {"sampler": "ddim"}, {"steps": 0}, {"image": "x.png"}):
+        with pytest.raises(UserError):
+            pipe.generate_each(PROMPT, **options)
+    with pytest.raises(UserError, match="empty prompt"):
+        pipe.generate_each([PROMPT, " "])
+
+
+def test_int8_weights_cannot_run_as_float(pipe):
+    from turbojax.quant import quantize_dit
+
+    int8 = small_pipeline.pipeline()
+    int8.dit = quantize_dit(int8.dit)
+    with pytest.raises(UserError, match="the weights of model small are int8: quant must be 'w8a8'"):
+        int8.generate(PROMPT)

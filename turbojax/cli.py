@@ -1,0 +1,65 @@
+"""The command line: `turbojax COMMAND`. Each command's module is imported only when it is the one asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from turbojax.errors import UserError
+
+# command -> (module with add_arguments(subparsers) and run(args), what it does)
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "generate": ("turbojax.cli_generate", "turn a prompt into a video"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 after a mistake that the user can put right, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog="turbojax", description="Wan video diffusion in JAX.")
+    parser.add_argument("--version", action=_Version)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = argv[0] if argv and argv[0] in COMMANDS else None
+    module = None
+    if chosen is not None:
+        module = importlib.import_module(COMMANDS[chosen][0])
+        module.add_arguments(subparsers)
+    else:
+        for name, (_, help_text) in COMMANDS.items():
+            subparsers.add_parser(name, help=help_text)
+    args = parser.parse_args(argv)
+    assert module is not None
+    try:
+        return module.run(args) or 0
+    except UserError as error:
+        print(f"turbojax {chosen}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"turbojax {chosen}: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the usage text."""
+
+    def __init__(self, **options: object):
+        super().__init__(**{"allow_abbrev": False, **options})  # pyright: ignore[reportArgumentType]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """`--version`, looked up only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str):
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import turbojax
+
+        print(f"turbojax {turbojax.__version__}")
+        parser.exit()

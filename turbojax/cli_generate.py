@@ -1,0 +1,107 @@
+"""`turbojax generate`: prompts in, files out."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_EXAMPLE = """\
+Every prompt is made with every seed; several clips are numbered: out-000.mp4, out-001.mp4, ...
+What is not given comes from the model's own pipeline.json.
+
+example: turbojax generate "a red circle moving right" --seed 0,1,2 --out circle.mp4
+"""
+
+
+def add_arguments(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="turn a prompt into a video",
+        description="Turn prompts into videos.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="+", metavar="PROMPT", help="what the clip shows; several prompts give several clips")
+    add("--model", default="tiny", help="a shipped model or a folder that `turbojax convert` made (default: tiny)")
+    add("--out", type=Path, default=Path("out.mp4"), metavar="FILE", help=".mp4, .gif or .png sheet (out.mp4)")
+    add("--seed", type=_seeds, default=[0], metavar="N,...", help="one clip a seed (default: 0)")
+    add("--steps", type=int, metavar="N", help="denoising steps: 1 to 4 for rcm-*, 1 to 1000 for unipc and euler")
+    add("--sampler", metavar="NAME", help="rcm-sde, rcm-ode, unipc or euler")
+    add("--attention", metavar="KIND", help="dense, sage, sla or sagesla")
+    add("--topk", type=float, metavar="F", help="share of the key blocks that SLA keeps, in (0, 1]")
+    add("--quant", metavar="KIND", help="w8a8: INT8 weights and activations in the linear layers; none")
+    add("--guidance", type=_numbers, metavar="G", help="1 = none; LOW,HIGH for the experts of Wan 2.2")
+    add("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
+    add("--image", type=Path, metavar="FILE", help="first frame, for image-to-video models")
+    add("--size", type=_size, metavar="WxH", help="pixels, multiples of 16")
+    add("--frames", type=int, metavar="N", help="4n + 1")
+    add("--shift", type=float, metavar="F", help="noise schedule of unipc and euler: above 1 dwells on high noise")
+    add("--sigma-max", type=float, metavar="F", help="where rcm-* starts, in EDM's sigma")
+    add("--batch-size", type=int, default=1, metavar="N", help="clips made at once (default: 1)")
+    add("--no-progress", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then load, generate and write one clip after the other."""
+    started = time.perf_counter()
+    from turbojax.pipeline_config import find_pipeline
+    from turbojax.settings import check_image, check_prompts, check_seeds, resolve
+    from turbojax.video import check_output
+
+    prompts, seeds = check_prompts(args.prompt), check_seeds(args.seed)
+    outputs = _numbered(args.out, len(prompts) * len(seeds))
+    check_output(args.out)
+    names = ("steps", "sampler", "guidance", "negative_prompt", "shift", "sigma_max", "attention", "topk", "quant")
+    options = {name: getattr(args, name) for name in (*names, "size", "frames", "batch_size")}
+    folder = find_pipeline(args.model)
+    check_image(folder.spec, args.image is not None)
+    resolve(folder.spec, **options)
+
+    from turbojax.compilation_cache import use_compilation_cache
+    from turbojax.pipeline import Pipeline
+
+    use_compilation_cache()
+    pipeline = Pipeline.load(folder)
+    clips = pipeline.generate_each(prompts, seed=seeds, image=args.image, progress=not args.no_progress, **options)
+    for path, clip in zip(outputs, clips, strict=True):
+        begun = time.perf_counter()
+        clip.save(path)
+        seconds = {**clip.timings, "file": time.perf_counter() - begun}
+        stages = ", ".join(f"{label} {seconds[stage]:.1f} s" for stage, label in _STAGES.items())
+        print(f"{path}: {clip.metadata['prompt']!r}, seed {clip.metadata['seed']}: {stages}", flush=True)
+    print(f"load {pipeline.load_seconds:.1f} s; end to end {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+_STAGES = {"compile": "compile", "text": "text", "dit": "DiT", "vae": "VAE", "file": "file"}
+
+
+def _numbered(out: Path, count: int) -> Sequence[Path]:
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index:03d}") for index in range(count)]
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 832x480, got {text!r}")
+    return int(width), int(height)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0 or 0,1,2; got {text!r}") from error
+
+
+def _numbers(text: str) -> tuple[float, float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+        low, high = numbers * 2 if len(numbers) == 1 else numbers
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, or LOW,HIGH; got {text!r}") from error
+    return low, high

@@ -1,0 +1,238 @@
+"""Text to video: a tokenizer, a text encoder, one or two DiT experts and a VAE, run one after the other.
+
+pipe = Pipeline.load("tiny")
+video = pipe.generate("a red circle moving right", seed=0)
+video.save("circle.mp4")
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Float, UInt8
+
+from turbojax.attention import AttentionConfig
+from turbojax.checkpoint import load_component
+from turbojax.errors import UserError
+from turbojax.pipeline_config import PipelineConfig, PipelineFolder, PipelineSpec, find_pipeline
+from turbojax.programs import Programs, decode, denoise, encode_text
+from turbojax.progress import StepBar
+from turbojax.quant import block_linears, quantize_dit
+from turbojax.settings import Settings, check_image, check_prompts, check_seeds, resolve
+from turbojax.tokenizer import Tokenizer
+from turbojax.video import Video
+
+
+class Pipeline:
+    """The parts of one model, and what was compiled for them so far.
+
+    dit (the high-noise expert where there are two), dit_low, vae, text_encoder, tokenizer: replace or change them
+    freely; the next clip uses what is there.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        *,
+        dit: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Tokenizer,
+        dit_low: Any = None,
+        name: str = "unnamed",
+    ):
+        """Put a pipeline together from modules. Raises UserError if they do not fit together."""
+        self.spec = PipelineSpec(name, config, dit.config, vae.config, text_encoder.config)
+        self.dit, self.dit_low, self.vae = dit, dit_low, vae
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.load_seconds = 0.0
+        self._programs = Programs()
+        self._bar = StepBar()
+        self._int8: tuple[list[Any], list[Any]] = [], []
+
+    @classmethod
+    def load(cls, model: str | Path | PipelineFolder = "tiny", *, dtype: DTypeLike | None = None) -> Pipeline:
+        """Read a shipped model by name, or a folder that `turbojax convert` made.
+
+        dtype: compute dtype of every part; None: as each was saved.
+        Raises UserError for an unknown model, or a folder that lacks a part.
+        """
+        begun = time.perf_counter()
+        folder = model if isinstance(model, PipelineFolder) else find_pipeline(model)
+        spec, paths = folder.spec, folder.paths
+        tokenizer = Tokenizer.load(paths["tokenizer"], spec.config.text_len)
+        parts = {part: load_component(path, dtype) for part, path in paths.items() if part != "tokenizer"}
+        pipeline = cls(spec.config, tokenizer=tokenizer, name=spec.name, **parts)
+        pipeline.load_seconds = time.perf_counter() - begun
+        return pipeline
+
+    @overload
+    def generate(self, prompt: str, *, seed: int = 0, **options: Any) -> Video: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[str], *, seed: int | Iterable[int] = 0, **options: Any
+    ) -> list[Video]: ...
+
+    def generate(self, prompt: Any, *, seed: Any = 0, **options: Any) -> Video | list[Video]:
+        """Prompts to clips: one Video for one prompt and seed, else a list; options as in `generate_each`."""
+        videos = list(self.generate_each(prompt, seed=seed, **options))
+        return videos[0] if isinstance(prompt, str) and not isinstance(seed, Iterable) else videos
+
+    def generate_each(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Iterable[int] = 0,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance: float | tuple[float, float] | None = None,
+        negative_prompt: str | None = None,
+        shift: float | None = None,
+        sigma_max: float | None = None,
+        attention: str | AttentionConfig | None = None,
+        topk: float | None = None,
+        quant: str | None = None,
+        image: Any = None,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        fps: int | None = None,
+        batch_size: int = 1,
+        progress: bool | None = None,
+    ) -> Iterator[Video]:
+        """Every prompt with every seed, each clip as soon as it is done; what is None comes from `spec.config`.
+
+        sampler: "rcm-sde" or "rcm-ode" (1-4 steps), "unipc" or "euler" (1-1000). guidance: 1 = none; two numbers
+            are for the low-noise and the high-noise expert. shift: of unipc and euler; sigma_max: of rcm.
+        attention: "dense", "sage", "sla", "sagesla" (topk: share of key blocks kept) or an AttentionConfig.
+        quant: "w8a8" or "none". size: (width, height), multiples of 16. frames: 4n + 1.
+        batch_size: clips made at once. A clip made alone depends on nothing but its prompt, seed and settings: the
+            same bits every time on one machine. Another batch size may round differently.
+        progress: a bar of the denoising steps; None: in terminals and notebooks.
+        Raises UserError before anything is compiled for a request that cannot be met.
+        """
+        prompts, seeds = check_prompts(prompt), check_seeds(seed)
+        settings = resolve(
+            self.spec, steps=steps, sampler=sampler, guidance=guidance, negative_prompt=negative_prompt, shift=shift,
+            sigma_max=sigma_max, attention=attention, topk=topk, quant=quant, size=size, frames=frames, fps=fps,
+            batch_size=batch_size,
+        )  # fmt: skip
+        check_image(self.spec, image is not None)
+        for text in prompts:
+            if unknown := self.tokenizer.unknown(text):
+                warnings.warn(f"{self.spec.name} never learned the words {', '.join(unknown)}", stacklevel=2)
+        return self._run([(p, s) for p in prompts for s in seeds], settings, progress)
+
+    def _run(self, requests: list[tuple[str, int]], settings: Settings, progress: bool | None) -> Iterator[Video]:
+        size = settings.batch_size
+        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+        contexts: dict[str, Any] = {}
+        with self._bar.show(len(batches) * settings.steps, progress):
+            for batch in batches:
+                clock = _Clock()
+                filled = batch + [batch[-1]] * (size - len(batch))  # one shape, one program
+                pixels = self._make(filled, settings, contexts, clock)
+                timings = clock.stop()
+                for (prompt, seed), frames in zip(batch, pixels, strict=False):
+                    yield Video(frames, settings.fps, self._metadata(prompt, seed, settings), timings)
+
+    def _make(
+        self, batch: list[tuple[str, int]], settings: Settings, contexts: dict[str, Any], clock: _Clock
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
+        """One batch of clips; `contexts` remembers the features of the texts met so far."""
+        text, vae = nnx.split(self.text_encoder), nnx.split(self.vae)
+        graphdefs, states = zip(*map(nnx.split, self._experts(settings.quant)), strict=True)
+        noise, step_noise = draw_noise([seed for _, seed in batch], self._latent_shape(settings), settings)
+        with clock.stage("compile"):
+            ids, mask = self.tokenizer("")
+            encode = self._programs.get(encode_text, text[1], ids, mask, graphdef=text[0])
+            row = jax.ShapeDtypeStruct((len(batch), *encode.out_info.shape[1:]), encode.out_info.dtype)
+            arguments = (states, row, row if settings.guided else None, None, noise, step_noise)
+            static = {"graphdefs": graphdefs, "settings": settings, "tick": self._bar.tick}
+            sample = self._programs.get(denoise, *arguments, **static)
+            render = self._programs.get(decode, vae[1], sample.out_info, graphdef=vae[0])
+            for program in (encode, sample, render):
+                program.executable.result()
+        with clock.stage("text"):
+            negatives = [settings.negative_prompt] * len(batch) if settings.guided else []
+            for prompt in {*(prompt for prompt, _ in batch), *negatives} - contexts.keys():
+                contexts[prompt] = encode(text[1], *self.tokenizer(prompt))
+            context = jnp.concatenate([contexts[prompt] for prompt, _ in batch])
+            negative = jnp.concatenate([contexts[prompt] for prompt in negatives]) if negatives else None
+            jax.block_until_ready((context, negative))
+        self._bar.resume()
+        with clock.stage("dit"):
+            latents = jax.block_until_ready(sample(states, context, negative, None, noise, step_noise))
+            jax.effects_barrier()  # the bar's last steps
+        with clock.stage("vae"):
+            return np.asarray(render(vae[1], latents))
+
+    def _experts(self, quant: str) -> list[Any]:
+        """The DiTs as they will run: int8 weights are made once, and again only if the weights changed."""
+        modules = [self.dit] if self.dit_low is None else [self.dit, self.dit_low]
+        if quant == "none":
+            if not all(map(block_linears, modules)):
+                raise UserError(f"the weights of model {self.spec.name} are int8: quant must be 'w8a8'")
+            return modules
+        leaves = jax.tree.leaves([nnx.state(module) for module in modules])
+        known, quantized = self._int8
+        if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves, strict=True)):
+            quantized = [quantize_dit(module) for module in modules]
+            self._int8 = leaves, quantized
+        return quantized
+
+    def _latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
+        vae, (width, height) = self.spec.vae, settings.size
+        t = (settings.frames - 1) // vae.temporal_stride + 1
+        return t, height // vae.spatial_stride, width // vae.spatial_stride, vae.z_dim
+
+    def _metadata(self, prompt: str, seed: int, settings: Settings) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "seed": seed,
+            "model": self.spec.name,
+            "settings": settings.describe(),
+            "versions": {name: version(name) for name in ("turbojax", "jax", "jaxlib")},
+            "device": jax.devices()[0].device_kind,
+        }
+
+
+def draw_noise(
+    seeds: Sequence[int], shape: tuple[int, ...], settings: Settings
+) -> tuple[Float[np.ndarray, "B *shape"], Float[np.ndarray, "steps B *shape"] | None]:
+    """Standard normal float32 for the start and, where the sampler adds fresh noise, for each step.
+
+    Every clip has its own stream, the start first: NumPy's Philox, which gives the same numbers on every machine.
+    """
+    count = 1 + settings.steps if settings.sampler == "rcm-sde" else 1
+    draws = [np.random.Generator(np.random.Philox(seed)).standard_normal((count, *shape), np.float32) for seed in seeds]
+    stacked = np.stack(draws, axis=1)
+    return stacked[0], stacked[1:] if count > 1 else None
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._stages[name] = time.perf_counter() - begun
+
+    def stop(self) -> dict[str, float]:
+        return {**self._stages, "total": time.perf_counter() - self._begun}

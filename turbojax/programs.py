@@ -1,0 +1,132 @@
+"""What runs on the device: text encoding, the whole sampling loop and decoding, each one compiled program.
+
+Parameters are arguments, never constants; everything else that shapes a program is static and hashable, so that a
+second clip with the same settings finds its programs compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from turbojax.samplers import flow, rcm
+from turbojax.settings import Settings
+
+# Above this, the whole-sequence decoder's widest activation is too much to hold, and frames are streamed instead.
+_WHOLE_SEQUENCE_BYTES = 2**30
+
+
+def encode_text(state: Any, ids: Int[Array, "B L"], mask: Int[Array, "B L"], *, graphdef: Any) -> Float[Array, "B L D"]:
+    """Text features, zeros where the mask is 0: the DiT attends to those rows, as Wan does."""
+    return nnx.merge(graphdef, state)(ids, mask)
+
+
+def denoise(
+    states: tuple[Any, ...],
+    context: Float[Array, "B L D"],
+    negative: Float[Array, "B L D"] | None,
+    condition: Float[Array, "B t h w K"] | None,
+    noise: Float[Array, "B t h w C"],
+    step_noise: Float[Array, "steps B t h w C"] | None,
+    *,
+    graphdefs: tuple[Any, ...],
+    settings: Settings,
+    tick: Callable[[object], None],
+) -> Float[Array, "B t h w C"]:
+    """The sampler's whole loop: noise to clean latents.
+
+    states, graphdefs: of the one expert, or of the high-noise and the low-noise one.
+    negative: context that guidance steers away from; None without guidance.
+    condition: mask and picture channels of image to video. tick: called on the host after every step.
+    """
+    experts = [nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True)]
+    low, high = settings.guidance
+    velocities = [
+        _velocity(expert, guidance, context, negative, condition, settings)
+        for expert, guidance in zip(experts, (high, low), strict=False)
+    ]
+
+    def on_step(_: Any, x: Array) -> None:
+        jax.debug.callback(tick, x[0, 0, 0, 0, 0])
+
+    boundary, steps = settings.boundary, settings.steps
+    if settings.sampler in ("rcm-sde", "rcm-ode"):
+
+        def velocity(x: Array, s: float) -> Array:
+            return velocities[0 if boundary is None or s >= boundary else 1](x, s)
+
+        mode = settings.sampler.removeprefix("rcm-")
+        grid = {"num_steps": steps, "sigma_max": settings.sigma_max}
+        return rcm.sample(velocity, noise, step_noise, **grid, mode=mode, on_step=on_step)
+    solver = {"unipc": flow.unipc_solver, "euler": flow.euler_solver}[settings.sampler](steps, settings.shift)
+    low_velocity = None if boundary is None else velocities[1]
+    return flow.integrate(solver, velocities[0], noise, low_velocity=low_velocity, boundary=boundary, on_step=on_step)
+
+
+def _velocity(
+    dit: Any,
+    guidance: float,
+    context: Float[Array, "B L D"],
+    negative: Float[Array, "B L D"] | None,
+    condition: Float[Array, "B t h w K"] | None,
+    settings: Settings,
+) -> Callable[[Array, Any], Array]:
+    """The velocity field of one expert under one guidance, for all prompts of the batch."""
+    is_guided, texts, picture = False, context, condition
+    if guidance != 1.0 and negative is not None:
+        is_guided, texts = True, jnp.concatenate([context, negative])
+        picture = None if condition is None else jnp.concatenate([condition, condition])
+
+    def velocity(x: Array, s: Any) -> Array:
+        inputs = x if picture is None else jnp.concatenate([x, picture], axis=-1)
+        timestep = jnp.full(len(inputs), 1000.0 * s, jnp.float32)
+        return dit(inputs, timestep, texts, attention=settings.attention, round_timestep=settings.round_timestep)
+
+    return flow.guided(velocity, guidance) if is_guided else velocity
+
+
+def decode(state: Any, latents: Float[Array, "B t h w C"], *, graphdef: Any) -> UInt8[Array, "B T H W 3"]:
+    """Latents to pixels; long or large clips frame by frame, with the same result in bounded memory."""
+    vae = nnx.merge(graphdef, state)
+    config, (batch, t, h, w, _) = vae.config, latents.shape
+    pixels = batch * ((t - 1) * config.temporal_stride + 1) * h * w * config.spatial_stride**2
+    whole = pixels * config.base_dim * 4 <= _WHOLE_SEQUENCE_BYTES
+    video = vae.decode(latents) if whole else vae.decode_streamed(latents)
+    return jnp.rint((video.astype(jnp.float32) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program, perhaps still compiling; `out_info` has the shapes of its results."""
+
+    out_info: Any
+    executable: Future[Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.executable.result()(*arguments)
+
+
+class Programs:
+    """Programs by function, static arguments, and the shapes of the others. They compile side by side."""
+
+    def __init__(self) -> None:
+        self._programs: dict[Hashable, Program] = {}
+        self._pool = ThreadPoolExecutor(thread_name_prefix="compile")
+
+    def get(self, function: Callable[..., Any], *arguments: Any, **static: Hashable) -> Program:
+        """`function` for these arguments (arrays, or their shapes); call it with the arrays alone."""
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = (function, tuple(sorted(static.items(), key=lambda item: item[0])), structure, shapes)
+        if key not in self._programs:
+            lowered = jax.jit(partial(function, **static)).lower(*arguments)
+            self._programs[key] = Program(lowered.out_info, self._pool.submit(lowered.compile))
+        return self._programs[key]

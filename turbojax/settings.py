@@ -1,0 +1,208 @@
+"""From what a user asked to what will be run: defaults filled in, every mistake found before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from turbojax.attention import AttentionConfig
+from turbojax.config import PRESETS
+from turbojax.errors import UserError
+from turbojax.pipeline_config import SAMPLERS, PipelineSpec
+from turbojax.samplers import rcm
+
+QUANTS = ("none", "w8a8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes a clip besides its prompt and seed; hashable, one compiled program for each.
+
+    guidance: (low-noise expert, high-noise expert); 1 = none, and then the negative prompt plays no part.
+    size: (width, height) in pixels. batch_size: clips made at once.
+    """
+
+    sampler: str
+    steps: int
+    guidance: tuple[float, float]
+    negative_prompt: str
+    shift: float
+    sigma_max: float
+    boundary: float | None
+    round_timestep: bool
+    attention: AttentionConfig
+    quant: str
+    size: tuple[int, int]
+    frames: int
+    fps: int
+    batch_size: int
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance != (1.0, 1.0)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready settings for a clip's metadata; `batch_size` is left out, as it is not part of the recipe."""
+        fields = dataclasses.asdict(self)
+        del fields["batch_size"], fields["fps"]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def resolve(
+    spec: PipelineSpec,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | tuple[float, float] | None = None,
+    negative_prompt: str | None = None,
+    shift: float | None = None,
+    sigma_max: float | None = None,
+    attention: str | AttentionConfig | None = None,
+    topk: float | None = None,
+    quant: str | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    fps: int | None = None,
+    batch_size: int = 1,
+) -> Settings:
+    """Fill in the pipeline's defaults. Raises UserError for a value that the model or the sampler cannot take."""
+    defaults = spec.config
+    sampler = sampler or defaults.sampler
+    if sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    own_steps, own_guidance = _sampler_defaults(spec, sampler)
+    pair = own_guidance if guidance is None else _guidance(guidance)
+    if defaults.boundary is None and pair[0] != pair[1]:
+        raise UserError(f"model {spec.name} has one expert: give one guidance, not {pair[0]:g} and {pair[1]:g}")
+    negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
+    if negative_prompt and pair == (1.0, 1.0):
+        raise UserError("a negative prompt needs guidance: give a guidance above 1, or leave the negative prompt out")
+    settings = Settings(
+        sampler=sampler,
+        steps=_steps(own_steps if steps is None else steps, sampler),
+        guidance=pair,
+        negative_prompt="" if pair == (1.0, 1.0) else negative,
+        shift=_positive("shift", defaults.shift if shift is None else shift),
+        sigma_max=_positive("sigma_max", defaults.sigma_max if sigma_max is None else sigma_max),
+        boundary=defaults.boundary,
+        round_timestep=defaults.round_timestep,
+        attention=_attention(spec, attention, topk),
+        quant=_quant(quant or defaults.quant),
+        size=_size(defaults.size if size is None else size, spec.size_unit),
+        frames=_frames(defaults.frames if frames is None else frames, spec.vae.temporal_stride),
+        fps=_whole("fps", defaults.fps if fps is None else fps, least=1),
+        batch_size=_whole("batch_size", batch_size, least=1),
+    )
+    if SAMPLERS[sampler].distilled:
+        rcm.time_grid(settings.steps, settings.sigma_max)
+    return settings
+
+
+def check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list. Raises UserError for none, or one without a letter in it."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise UserError("no prompt: say what the clip should show")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"empty prompt {prompt!r}: say what the clip should show")
+    return prompts
+
+
+def check_seeds(seeds: int | Iterable[int]) -> list[int]:
+    """One seed or several as a list. Raises UserError for anything but whole numbers from 0."""
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    if not seeds:
+        raise UserError("no seed: give at least one whole number")
+    return [_whole("seed", seed, least=0) for seed in seeds]
+
+
+def check_image(spec: PipelineSpec, has_image: bool) -> None:
+    """Raise UserError if the model needs a picture that is not there, or takes none that is."""
+    if has_image and not spec.takes_image:
+        raise UserError(f"model {spec.name} takes text alone: leave the image out, or use an image-to-video model")
+    if spec.takes_image and not has_image:
+        raise UserError(f"model {spec.name} makes video from a picture: give an image")
+
+
+def _sampler_defaults(spec: PipelineSpec, sampler: str) -> tuple[int, tuple[float, float]]:
+    """Steps and guidance: the pipeline's for its own sampler, else 4 bare steps or the preset's many guided ones."""
+    if sampler == spec.config.sampler:
+        return spec.config.steps, spec.config.guidance
+    if SAMPLERS[sampler].distilled:
+        return SAMPLERS[sampler].max_steps, (1.0, 1.0)
+    preset = PRESETS[spec.config.preset]
+    return preset.steps, preset.guidance
+
+
+def _guidance(guidance: float | Sequence[float]) -> tuple[float, float]:
+    pair = (guidance, guidance) if isinstance(guidance, int | float) else tuple(guidance)
+    if len(pair) != 2 or not all(isinstance(g, int | float) and math.isfinite(g) and g >= 1 for g in pair):
+        raise UserError(f"guidance must be a number from 1 (none), or two: low-noise, high-noise; got {guidance!r}")
+    return float(pair[0]), float(pair[1])
+
+
+def _steps(steps: int, sampler: str) -> int:
+    most = SAMPLERS[sampler].max_steps
+    if not 1 <= (steps := _whole("steps", steps)) <= most:
+        others = "" if most > 4 else "; for more steps use sampler unipc or euler"
+        raise UserError(f"sampler {sampler} takes 1 to {most} steps, got {steps}{others}")
+    return steps
+
+
+def _attention(spec: PipelineSpec, attention: str | AttentionConfig | None, topk: float | None) -> AttentionConfig:
+    defaults = spec.config
+    if isinstance(attention, AttentionConfig):
+        return attention if topk is None else dataclasses.replace(attention, topk=topk)
+    try:
+        return AttentionConfig(
+            kind=attention or defaults.attention,  # pyright: ignore[reportArgumentType] (checked on construction)
+            topk=defaults.topk if topk is None else topk,
+            block_q=defaults.block_q,
+            block_k=defaults.block_k,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _quant(quant: str) -> str:
+    if quant not in QUANTS:
+        raise UserError(f"unknown quant {quant!r}; known: {', '.join(QUANTS)}")
+    return quant
+
+
+def _size(size: Sequence[int], unit: int) -> tuple[int, int]:
+    size = tuple(_whole("size", n) for n in size)
+    if len(size) != 2 or not all(n > 0 and n % unit == 0 for n in size):
+        nearest = "x".join(str(max(unit, round(n / unit) * unit)) for n in size)
+        given = "x".join(map(str, size))
+        raise UserError(f"size must be width x height, both multiples of {unit}: got {given}, nearest {nearest}")
+    return size[0], size[1]
+
+
+def _frames(frames: int, stride: int) -> int:
+    if (frames := _whole("frames", frames)) < 1 or frames % stride != 1:
+        nearest = max(0, round((frames - 1) / stride)) * stride + 1
+        raise UserError(f"frames must be {stride}n + 1 (1, {stride + 1}, ...): got {frames}, nearest {nearest}")
+    return frames
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{name} must be above 0, got {value}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int, NumPy's integers included."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise UserError(f"{name} must be a whole number, got {value!r}") from error
+    if least is not None and number < least:
+        raise UserError(f"{name} must be a whole number from {least}, got {number}")
+    return number
