@@ -65,12 +65,12 @@ def sparse_linear_attention(
 ) -> Float[Array, "b lq h d"]:
     """Block-sparse attention over the routed blocks plus the projected linear attention over all keys.
 
-    o = block_sparse(q, k, v) + linear(q, k, v) @ proj_w + proj_b; routing by `sla_block_map`, without gradient.
+    o = block_sparse(q, k, v) + linear(q, k, v) @ proj_w^T + proj_b; routing by `sla_block_map`, without gradient.
     Differentiable in q, k, v, proj_w and proj_b, in reverse and forward mode, unless quantised.
 
     Args:
-        proj_w: [head_dim (in), head_dim (out)], shared by the heads; proj_b [head_dim]. Zeros (their
-            initialisation) leave the sparse branch alone.
+        proj_w: [head_dim (out), head_dim (in)] as torch holds `proj_l.weight`, shared by the heads; proj_b
+            [head_dim]. Zeros (their initialisation) leave the sparse branch alone.
         topk: share of the key blocks that each query block keeps, in (0, 1].
         block_q, block_k: rows of a query block and of a key block.
         quantized: INT8 scores and FP8 values in the sparse branch (SageSLA); no derivative.
@@ -102,5 +102,5 @@ def sparse_linear_attention(
     )
     linear = linear_attention(q, k, v, feature_map)
     wide = compute_dtype(q.dtype)
-    projected = jnp.einsum("blhd,de->blhe", linear, proj_w.astype(q.dtype), preferred_element_type=wide)
+    projected = jnp.einsum("blhd,ed->blhe", linear, proj_w.astype(q.dtype), preferred_element_type=wide)
     return (sparse.astype(wide) + projected + proj_b.astype(wide)).astype(q.dtype)

@@ -60,6 +60,8 @@ class QuantizedLinear(nnx.Module):
 
     def _product(self, x: Num[Array, "*rows K"] | Quantized, **epilogue: Any) -> Float[Array, "*rows N"]:
         weights = self.weight_q[...], self.weight_scale[...], self.bias[...]
+        # The bias kept the dtype that the layer computed in before it was quantised.
+        epilogue["out_dtype"] = self.bias.dtype
         if isinstance(x, Quantized):
             return kernels.int8_linear(x.values, *weights, x_scale=x.scale, **epilogue)
         return kernels.int8_linear(x, *weights, **epilogue)
