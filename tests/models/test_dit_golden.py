@@ -7,6 +7,7 @@ import pytest
 from golden import seeded
 from golden.modules import module_with, relative
 
+from turbojax.attention import AttentionConfig
 from turbojax.config import DiTConfig
 from turbojax.models.dit import WanDiT
 from turbojax.samplers import rcm
@@ -16,6 +17,7 @@ LINEARS = {
     **{f"{a}.{x}": f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo"},
     "ffn.0": "ffn.up",
     "ffn.2": "ffn.down",
+    "self_attn.attn_op.local_attn.proj_l": "self_attn.proj_l",  # SLA's, where there is one
 }
 NORMS = {f"{a}.{n}": f"{a}.{n}" for a in ("self_attn", "cross_attn") for n in ("norm_q", "norm_k")} | {
     "norm3": "cross_norm"
@@ -41,7 +43,8 @@ def from_wan(weights: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarra
     def block(i: int) -> dict[str, np.ndarray]:
         found = {"modulation": weights[f"blocks.{i}.modulation"][0]}
         for theirs, ours in LINEARS.items():
-            found |= linear(f"blocks.{i}.{theirs}", ours)
+            if f"blocks.{i}.{theirs}.weight" in weights:
+                found |= linear(f"blocks.{i}.{theirs}", ours)
         for theirs, ours in NORMS.items():
             found[f"{ours}.scale"] = weights[f"blocks.{i}.{theirs}.weight"]
         return found | {"cross_norm.bias": weights[f"blocks.{i}.norm3.bias"]}
@@ -53,9 +56,11 @@ def from_wan(weights: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarra
     return flat | {"head_modulation": weights["head.modulation"][0]}
 
 
-def load(name: str, dim: int, channels: int) -> tuple[WanDiT, dict[str, np.ndarray]]:
+def load(name: str, dim: int, channels: int, *, sla: bool = False) -> tuple[WanDiT, dict[str, np.ndarray]]:
     shapes, golden = seeded.load(name)
-    config = DiTConfig(dim=dim, ffn_dim=160, num_heads=2, num_layers=2, in_channels=channels, text_dim=32)
+    config = DiTConfig(
+        dim=dim, ffn_dim=160, num_heads=2, num_layers=2, in_channels=channels, text_dim=32, linear_branch=sla
+    )
     return module_with(config, from_wan(seeded.weights(shapes), config.num_layers)), golden
 
 
@@ -100,3 +105,14 @@ def test_rcm_walks_turbodiffusions_states_through_its_own_network(mode):
     for ours, reference in zip(states[-len(theirs) :], theirs, strict=True):
         # Their rotary tables are float32 and their state is float64.
         assert relative(ours, channels_last(reference)) < 5e-5
+
+
+def test_sparse_linear_attention_equals_turbodiffusions_network():
+    """Routing, both branches and the projection between them, inside the whole network."""
+    model, golden = load("dit_sla", 256, 16, sla=True)
+    latents = channels_last(seeded.uniform("dit_sla/latents", (1, 16, 3, 16, 24)))
+    context = seeded.uniform("dit_sla/context", (1, 24, 32))
+    config = AttentionConfig(kind="sla", topk=0.5, block_q=64, block_k=64)
+    out = jax.jit(lambda *args: model(*args, attention=config))(latents, np.array([640.5], np.float32), context)
+    # Float32 on both sides, their kernel with an online softmax; a different block would show at 1e-2.
+    assert relative(out, channels_last(golden["output"])) < 2e-5
