@@ -70,35 +70,49 @@ class StoredTensor:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
+    @property
+    def extent(self) -> int:
+        """Elements from the first to the last, those between included."""
+        if self.strides is None or not self.nbytes:
+            return self.nbytes // self.dtype.itemsize
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+
     def array(self) -> np.ndarray:
         """The values, without a copy (a big-endian file is copied into this machine's order)."""
         size, strides = self.dtype.itemsize, self.strides
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
         raw = np.dtype(f"u{size}") if size <= 8 else self.dtype
-        extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True)) if strides else None
-        flat = np.frombuffer(self.file.map, raw, extent or self.nbytes // size, self.offset)
+        flat = np.frombuffer(self.file.map, raw, self.extent, self.offset)
         if self.big_endian:
-            flat = flat.byteswap()
+            flat = self._swapped(flat)
         flat = flat.view(self.dtype)
         if strides is None:
             return flat.reshape(self.shape)
         byte_strides = tuple(s * size for s in strides)
         return np.lib.stride_tricks.as_strided(flat, self.shape, byte_strides, writeable=False)
 
+    def _swapped(self, flat: np.ndarray) -> np.ndarray:
+        if self.dtype.kind == "c":  # each half on its own
+            return flat.view(f"u{self.dtype.itemsize // 2}").byteswap()
+        return flat.byteswap()
+
     def release(self) -> None:
         """Let the operating system take back what `array` has touched."""
-        if self.strides is None:
-            self.file.release(self.offset, self.nbytes)
+        self.file.release(self.offset, self.extent * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter of a component, made on demand: read(start, stop) gives those rows of its first axis."""
+    """One parameter of a component, made on demand: read(start, stop) gives those rows of its first axis.
+
+    whole: reading a part costs as much as reading all, so it is read at once.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[int, int], np.ndarray]
+    whole: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +125,8 @@ class Leaf:
     @property
     def chunk_rows(self) -> int:
         """Rows of one chunk: as many as CHUNK_BYTES hold, at least one."""
+        if self.whole:
+            return self.shape[0]
         row = max(1, self.nbytes // self.shape[0])
         return max(1, min(self.shape[0], CHUNK_BYTES // row))
 

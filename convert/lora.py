@@ -1,0 +1,264 @@
+"""LoRA files in the styles of the field, merged into a component: weight + strength * alpha / rank * (up @ down).
+
+    diffusers     transformer.blocks.0.attn1.to_q.lora_A.weight      (alpha in the header's `lora_adapter_metadata`)
+    original      diffusion_model.blocks.0.self_attn.q.lora_down.weight, .alpha, .diff (weight), .diff_b (bias)
+    kohya         lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha
+
+Sources: diffusers' `loaders/lora_conversion_utils.py`, peft's `LoraLayer` (scaling), musubi-tuner's `networks/lora.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from convert.errors import CheckpointError
+from convert.source import Source, open_source
+from convert.tables import KINDS, NAMINGS, Entry, modules
+from convert.tensors import Leaf, StoredTensor
+from convert.transforms import TRANSFORMS
+from turbojax.checkpoint import Component
+from turbojax.config import DiTConfig
+
+_PREFIXES = (
+    "base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
+)  # fmt: skip
+_PARTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), part)
+    for pattern, part in (
+        (r"\.(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$", "down"),
+        (r"\.(lora_B(\.\w+)?|lora_up|lora\.up)\.weight$", "up"),
+        (r"\.lora_B(\.\w+)?\.bias$", "up_bias"),
+        (r"\.alpha$", "alpha"),
+        (r"\.diff$", "diff"),
+        (r"\.diff_b$", "diff_b"),
+    )
+)
+_METADATA = "lora_adapter_metadata"
+
+
+class Place(NamedTuple):
+    """Where a module's weight and bias lie: the entries of the mapping table, layer filled in."""
+
+    weight: Entry
+    bias: Entry | None
+
+
+@dataclass
+class Update:
+    """What a file says about one module."""
+
+    name: str
+    parts: dict[str, StoredTensor]
+    scale: Callable[[int], float]  # rank -> alpha / rank
+
+    def weight(self) -> np.ndarray | None:
+        """The change of the weight, float32, in torch's shape (a convolution's kernel flattened)."""
+        change: np.ndarray | None = None
+        if "down" in self.parts:
+            down, up = (self.parts[part].array().astype(np.float32) for part in ("down", "up"))
+            down, up = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
+            change = (up @ down) * np.float32(self.scale(down.shape[0]))
+        if "diff" in self.parts:
+            diff = self.parts["diff"].array().astype(np.float32)
+            change = diff if change is None else change + diff.reshape(change.shape)
+        return change
+
+    def bias(self) -> np.ndarray | None:
+        """The change of the bias, float32. peft scales the bias of B with the rest; `diff_b` stands alone."""
+        if "diff_b" in self.parts:
+            return self.parts["diff_b"].array().astype(np.float32)
+        if "up_bias" in self.parts:
+            rank = self.parts["down"].shape[0]
+            return self.parts["up_bias"].array().astype(np.float32) * np.float32(self.scale(rank))
+        return None
+
+
+def apply_lora(component: Component, source: str | Path, strength: float = 1.0) -> Component:
+    """The component with a LoRA merged: sums in float32, rounded once to the parameter's dtype, as it is read.
+
+    Raises CheckpointError for a file that is no LoRA, is made for another model, or a component with int8 weights.
+    """
+    config = component.config
+    if not isinstance(config, DiTConfig):
+        raise CheckpointError(f"{source}: LoRAs belong to the DiT, not to a {type(config).__name__}")
+    if any(path.endswith(".weight_q") for path in component.leaves):
+        raise CheckpointError(f"{source}: cannot be merged into int8 weights; merge into the bf16 model, then quantise")
+    if not math.isfinite(strength):
+        raise CheckpointError(f"{source}: strength {strength} is not a number")
+    changes: dict[str, list[tuple[Entry, Update]]] = defaultdict(list)
+    troubles: list[str] = []
+    places = _places(config)
+    opened = open_source(source)
+    updates = read_lora(opened)
+    for update in updates:
+        place = places.get(update.name)
+        if place is None:
+            troubles.append(f"{update.name} is unknown")
+            continue
+        for entry, shape in ((place.weight, _weight_shape(update)), (place.bias, _bias_shape(update))):
+            if shape is None:
+                continue
+            if entry is None:
+                troubles.append(f"{update.name} has no bias")
+            elif math.prod(shape) != _row_size(component.leaves[entry.target], entry):
+                troubles.append(
+                    f"{update.name} changes {list(shape)}, the model has {component.leaves[entry.target].shape}"
+                )
+            else:
+                changes[entry.target].append((entry, update))
+    if troubles:
+        more = f"; and {len(troubles) - 6} more" if len(troubles) > 6 else ""
+        raise CheckpointError(f"{source}: this LoRA does not fit the model: {'; '.join(troubles[:6])}{more}")
+    leaves = dict(component.leaves)
+    for target, rows in changes.items():
+        leaves[target] = _changed(leaves[target], rows, strength, config.patch_size)
+    return Component(config, leaves, component.dtype)
+
+
+def read_lora(source: Source) -> list[Update]:
+    """Updates by module name without prefix. Raises CheckpointError naming every key that is not understood."""
+    found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    troubles: list[str] = []
+    scales = _adapter_scales(source)
+    for key, tensor in source.tensors.items():
+        match = next(((m, part) for pattern, part in _PARTS if (m := pattern.search(key))), None)
+        if match is None:
+            troubles.append(f"{key} is of an unknown kind")
+            continue
+        module, part = _stripped(key[: match[0].start()]), match[1]
+        if part in found[module]:
+            troubles.append(f"{key} occurs twice")
+        found[module][part] = tensor
+    updates = []
+    for module, parts in found.items():
+        down, up = parts.get("down"), parts.get("up")
+        alpha = parts.get("alpha")
+        if (down is None) != (up is None):
+            troubles.append(f"{module} has only one half of its product")
+        elif down is not None and up is not None and not _multiply(down, up):
+            troubles.append(f"{module}: {list(up.shape)} x {list(down.shape)} is no product")
+        elif alpha is not None and math.prod(alpha.shape) != 1:
+            troubles.append(f"{module}.alpha is not one number")
+        elif "up_bias" in parts and down is None:
+            troubles.append(f"{module} has a bias without weights")
+        else:
+            updates.append(Update(module, parts, _scale(alpha, scales, module)))
+    if troubles:
+        more = f"; and {len(troubles) - 6} more" if len(troubles) > 6 else ""
+        raise CheckpointError(f"{source.path}: no LoRA that is understood: {'; '.join(troubles[:6])}{more}")
+    return updates
+
+
+def _stripped(name: str) -> str:
+    for _ in range(2):  # peft wraps what diffusers has prefixed
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+    return name
+
+
+def _multiply(down: StoredTensor, up: StoredTensor) -> bool:
+    """[rank, in, ...] and [out, rank, 1...], none of them empty."""
+    return (
+        len(down.shape) >= 2
+        and len(up.shape) >= 2
+        and 0 not in (*down.shape, *up.shape)
+        and math.prod(up.shape[1:]) == down.shape[0]
+    )
+
+
+def _scale(alpha: StoredTensor | None, adapter: Callable[[str, int], float], module: str) -> Callable[[int], float]:
+    if alpha is None:
+        return lambda rank: adapter(module, rank)
+    value = float(alpha.array().astype(np.float64).reshape(()))
+    return lambda rank: value / rank
+
+
+def _adapter_scales(source: Source) -> Callable[[str, int], float]:
+    """alpha / rank (or / sqrt(rank)) by module from the header that diffusers writes; 1 without one."""
+    text = source.metadata.get(_METADATA)
+    if text is None:
+        return lambda module, rank: 1.0
+    try:
+        fields = {
+            key.split(".", 1)[1] if key.startswith("transformer.") else key: v for key, v in json.loads(text).items()
+        }
+        alpha, patterns = fields.get("lora_alpha"), dict(fields.get("alpha_pattern") or {})
+        rooted = bool(fields.get("use_rslora", False))
+        alphas = {name: float(value) for name, value in patterns.items()}
+        default = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source.path}: its {_METADATA} is damaged: {str(error)[:80]}") from error
+
+    def scale(module: str, rank: int) -> float:
+        value = next((a for name, a in alphas.items() if module == name or module.endswith(f".{name}")), default)
+        return 1.0 if value is None else value / (math.sqrt(rank) if rooted else rank)
+
+    return scale
+
+
+def _places(config: DiTConfig) -> Mapping[str, Place]:
+    """Every module of the DiT by its name in each naming, dotted and with kohya's underscores."""
+    places: dict[str, Place] = {}
+    for row in modules(config):
+        parts = KINDS[row.kind]
+        for naming in NAMINGS:
+            theirs = getattr(row, naming)
+            if theirs is None:
+                continue
+            for layer in range(config.num_layers) if "{i}" in theirs else [None]:
+                name = theirs if layer is None else theirs.replace("{i}", str(layer))
+                held = [Entry(name, f"{row.ours}.{here}" if here else row.ours, layer, t) for _, here, t in parts]
+                place = Place(held[0], held[1] if len(held) > 1 else None)
+                places[name] = place
+                places[name.replace(".", "_")] = place
+    return places
+
+
+def _weight_shape(update: Update) -> tuple[int, ...] | None:
+    if "down" in update.parts:
+        return update.parts["up"].shape[0], math.prod(update.parts["down"].shape[1:])
+    return update.parts["diff"].shape if "diff" in update.parts else None
+
+
+def _bias_shape(update: Update) -> tuple[int, ...] | None:
+    part = update.parts.get("diff_b", update.parts.get("up_bias"))
+    return None if part is None else part.shape
+
+
+def _row_size(leaf: Leaf, entry: Entry) -> int:
+    return leaf.size if entry.layer is None else leaf.size // leaf.shape[0]
+
+
+def _changed(leaf: Leaf, rows: list[tuple[Entry, Update]], strength: float, patch: tuple[int, ...]) -> Leaf:
+    transform = TRANSFORMS[rows[0][0].transform]
+
+    def change(entry: Entry, update: Update) -> np.ndarray:
+        shape = leaf.shape if entry.layer is None else leaf.shape[1:]
+        is_bias = entry.target.endswith(".bias")
+        value = update.bias() if is_bias else update.weight()
+        assert value is not None
+        source_shape = transform.source_shapes(shape, patch)[0]
+        return transform.forward(value.reshape(source_shape), shape) * np.float32(strength)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        values = leaf.read(start, stop)
+        total = None
+        for entry, update in rows:
+            if entry.layer is None:
+                total = values.astype(np.float32) if total is None else total
+                total += change(entry, update)[start:stop]
+            elif start <= entry.layer < stop:
+                total = values.astype(np.float32) if total is None else total
+                total[entry.layer - start] += change(entry, update)
+        return values if total is None else total.astype(leaf.dtype)
+
+    return Leaf(leaf.shape, leaf.dtype, read)
