@@ -84,7 +84,8 @@ def test_a_failed_write_keeps_the_file_that_was_there(video, tmp_path, monkeypat
     path = video.save(tmp_path / "clip.gif")
     before = path.read_bytes()
 
-    def interrupted(*args, **kwargs):
+    def interrupted(image, partial, **options):
+        partial.write_bytes(b"GIF89a")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("PIL.Image.Image.save", interrupted)
