@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.aot import Case
 from pallas_kernels.int8_linear import int8_linear
-from pallas_kernels.quantize import BLOCK
+from pallas_kernels.norm_modulate_quantize import norm_modulate_quantize
+from pallas_kernels.quantize import quantize_blockwise, quantize_per_token
+from pallas_kernels.rms_norm_rope import rms_norm_rope
+from pallas_kernels.rounding import BLOCK
 
 TOKENS = {"480p": 32760, "720p": 75600}
 # (in, out) of the products in a block of the 1.3B and the 14B model.
@@ -20,7 +23,7 @@ Shape = jax.ShapeDtypeStruct
 
 def compile_cases() -> list[Case]:
     """Every linear kernel at 32,760 and 75,600 tokens."""
-    return [*_products()]
+    return [*_products(), *_quantisers(), *_rotations()]
 
 
 def _products():
@@ -39,6 +42,28 @@ def _products():
                 if not up:
                     args += [Shape((tokens, n), jnp.bfloat16), Shape((n,), jnp.float32)]
                 yield Case(f"int8_linear_{granularity}_{size}_{k}_{n}", partial(_product, gelu=up), args, ("h100",))
+
+
+def _quantisers():
+    for size, tokens in TOKENS.items():
+        for width in (1536, 5120, 8960, 13824):
+            x = Shape((tokens, width), jnp.bfloat16)
+            for quantize, kind in ((quantize_per_token, "rows"), (quantize_blockwise, "tiles")):
+                yield Case(f"quantize_{kind}_{size}_{width}", partial(quantize, implementation="mosaic_gpu"), [x])
+        for width in (1536, 5120):
+            args = [Shape((1, tokens, width), jnp.bfloat16), *[Shape((1, 1, width), jnp.float32)] * 2]
+            for granularity in ("token", "block"):
+                fn = partial(norm_modulate_quantize, granularity=granularity, implementation="mosaic_gpu")
+                yield Case(f"norm_modulate_quantize_{granularity}_{size}_{width}", fn, args)
+
+
+def _rotations():
+    for size, tokens in TOKENS.items():
+        for heads in (12, 40):
+            angles = Shape((tokens, 64), jnp.float32)
+            args = [Shape((1, tokens, heads, 128), jnp.bfloat16), Shape((heads * 128,), jnp.float32), angles, angles]
+            fn = partial(rms_norm_rope, implementation="mosaic_gpu")
+            yield Case(f"rms_norm_rope_{size}_{heads}_heads", fn, args)
 
 
 def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None, *, gelu):

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import core_count
-from pallas_kernels.quantize import BLOCK
+from pallas_kernels.rounding import BLOCK
 
 WARPGROUPS = 2
 ROWS = 64

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int8, Num
 
 from pallas_kernels.dispatch import dispatch, gpu_arch
 from pallas_kernels.int8_gemm_hopper import HopperTiles, hopper_gemm
-from pallas_kernels.quantize import BLOCK, quantize_blockwise, quantize_per_token
+from pallas_kernels.quantize import quantize_blockwise, quantize_per_token
+from pallas_kernels.rounding import BLOCK, rounded
 
 Activation = Literal["gelu_tanh"] | None
 # |q| <= 128 on both sides: past this many terms an INT32 sum could wrap.
@@ -30,6 +31,7 @@ MAX_K = 2**31 // (128 * 128) - 1
 XLA_CHUNK = 2**24
 
 
+@partial(jax.jit, static_argnames=("activation", "out_dtype", "implementation"))
 def int8_linear(
     x: Num[Array, "*batch K"],
     weight_q: Int8[Array, "N K"],
@@ -63,7 +65,9 @@ def int8_linear(
     x = _no_derivative(x)
     rows = x.reshape(-1, k)
     if x_scale is None:
-        rows, x_scale = (quantize_blockwise if weight_scale.ndim == 2 else quantize_per_token)(rows)
+        quantize = quantize_blockwise if weight_scale.ndim == 2 else quantize_per_token
+        # "xla" is forced throughout; a kernel is forced for the product alone.
+        rows, x_scale = quantize(rows, implementation="xla" if implementation == "xla" else None)
     elif weight_scale.ndim == 1:
         x_scale = x_scale.reshape(-1)
     # A gate that is the same for all rows is part of the kernels; any other is applied outside.
@@ -171,10 +175,10 @@ def _tile_product(weight_q, weight_scale, bias, activation, dtype):
             dot = lax.dot_general(q[:, t], weight[t], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
             return total + dot.astype(jnp.float32) * (scale[:, t, None] * column_scale[t])
 
-        y = lax.fori_loop(0, tiles, step, jnp.zeros((q.shape[0], n), jnp.float32)).astype(dtype)
+        y = rounded(lax.fori_loop(0, tiles, step, jnp.zeros((q.shape[0], n), jnp.float32)), dtype)
         if bias is not None:
-            y = y + bias.astype(dtype)
-        return _activate(y.astype(jnp.float32), activation)
+            y = rounded(y + bias.astype(jnp.float32), dtype)
+        return _activate(y, activation)
 
     return product
 

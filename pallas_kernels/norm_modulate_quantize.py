@@ -5,16 +5,19 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.quantize import quantize_blockwise, quantize_per_token
+from pallas_kernels.quantize import rows_xla, tiles_xla, with_ragged_tiles
+from pallas_kernels.quantize_kernels import quantize_rows, quantize_tiles, supports_rows, supports_tiles
 
 Granularity = Literal["token", "block"]
 
 
+@partial(jax.jit, static_argnames=("eps", "granularity", "implementation"))
 def norm_modulate_quantize(
     x: Float[Array, "B L D"],
     scale: Float[Array, "..."],
@@ -34,21 +37,54 @@ def norm_modulate_quantize(
     """
     if granularity not in ("token", "block"):
         raise ValueError(f"norm_modulate_quantize: granularity={granularity!r} is unknown; take 'token' or 'block'")
+    width = x.shape[-1]
+    unsupported = _modulation_per_row(x, scale) or _modulation_per_row(x, shift)
+    if granularity == "block":
+        unsupported = unsupported or supports_tiles(x.size // width, width)
+        if x.shape[0] > 1 and (scale.size > width or shift.size > width):
+            unsupported = unsupported or "a tile may straddle batch items of different modulation"
+    else:
+        unsupported = unsupported or supports_rows(width)
     return dispatch(
         "norm_modulate_quantize",
         implementation,
         (x, scale, shift),
         xla=partial(_xla, eps=eps, granularity=granularity),
-        kernel=None,
-        unsupported="the kernel is not written yet",
+        kernel=partial(_kernel, eps=eps, granularity=granularity),
+        unsupported=unsupported,
     )
+
+
+def _modulation_per_row(x, modulation) -> str | None:
+    if modulation.ndim == 3 and modulation.shape[1] != 1:
+        return f"modulation {list(modulation.shape)} differs from token to token"
+    return None
+
+
+def _kernel(x, scale, shift, *, eps, granularity, interpret):
+    batch, _, width = x.shape
+    if granularity == "token":
+        scale, shift = (_per_batch(m, batch, width) for m in (scale, shift))
+        return quantize_rows(x, scale, shift, eps=eps, interpret=interpret)
+    flat = x.reshape(-1, width)
+    scale, shift = (_per_batch(m, 1, width)[0] for m in (scale, shift))
+    q, scales = with_ragged_tiles(
+        quantize_tiles(flat, scale, shift, eps=eps, interpret=interpret),
+        flat,
+        lambda rows: tiles_xla(norm_modulate(rows, scale, shift, eps)),
+    )
+    return q.reshape(x.shape), scales
+
+
+def _per_batch(modulation, batch, width):
+    return jnp.broadcast_to(modulation.astype(jnp.float32).reshape(-1, width), (batch, width))
 
 
 def _xla(x, scale, shift, *, eps, granularity):
     y = norm_modulate(x, scale, shift, eps)
     if granularity == "token":
-        return quantize_per_token(y)
-    q, scales = quantize_blockwise(y.reshape(-1, x.shape[-1]))
+        return rows_xla(y)
+    q, scales = tiles_xla(y.reshape(-1, x.shape[-1]))
     return q.reshape(x.shape), scales
 
 

@@ -1,14 +1,26 @@
-"""RMSNorm over the full width and 3-D rotary embedding in one pass: what stands between q, k and attention."""
+"""RMSNorm over the full width and 3-D rotary embedding in one pass: what stands between q, k and attention.
+
+Bound by memory. Expected on H100 (3.35 TB/s) for 32,760 tokens of bf16: 1,536 wide 0.20 GB read and written, 0.03 GB
+of angles: 0.07 ms; 5,120 wide 0.70 GB: 0.21 ms. Apart, the norm and the rotation would move q twice and in float32.
+Plain loads and stores only: no TMA, no tensor core, so one kernel serves every architecture.
+"""
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import dispatch
+
+PAIRS = 128  # pairs that a warpgroup takes at a time, one a thread
+ROWS = 8  # tokens that a block takes in turn, so that the weight is loaded once for them
 
 
 def rms_norm_rope(
@@ -24,7 +36,7 @@ def rms_norm_rope(
 
     Pair j of a head is its elements (2j, 2j+1): out[2j] = a cos - b sin, out[2j+1] = a sin + b cos, the angle of
     token l and pair j, the same for all heads. Everything in float32, rounded once to x's dtype.
-    Source: wan/modules/model.py (WanRMSNorm, rope_apply) of Wan2.1.
+    Differentiable in forward and reverse mode. Source: wan/modules/model.py (WanRMSNorm, rope_apply) of Wan2.1.
     """
     _, length, heads, dim = x.shape
     if weight.shape != (heads * dim,):
@@ -33,14 +45,99 @@ def rms_norm_rope(
         raise ValueError(
             f"rms_norm_rope: cos {list(cos.shape)} and sin {list(sin.shape)} should be {[length, dim // 2]}"
         )
+    return _rms_norm_rope(x, weight, cos, sin, eps, implementation)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+@partial(jax.jit, static_argnums=(4, 5))
+def _rms_norm_rope(x, weight, cos, sin, eps, implementation):
     return dispatch(
         "rms_norm_rope",
         implementation,
         (x, weight, cos, sin),
         xla=partial(_xla, eps=eps),
-        kernel=None,
-        unsupported="the kernel is not written yet",
+        kernel=partial(_kernel, eps=eps),
+        unsupported=supports(x),
     )
+
+
+@_rms_norm_rope.defjvp
+def _jvp(eps, implementation, primals, tangents):
+    """The kernel has no derivative of its own: XLA's serves."""
+    _, tangent = jax.jvp(partial(_xla, eps=eps), primals, tangents)
+    return _rms_norm_rope(*primals, eps, implementation), tangent
+
+
+def supports(x: Array) -> str | None:
+    """Why the kernel cannot run, or None if it can."""
+    _, _, heads, dim = x.shape
+    if x.dtype != jnp.bfloat16:
+        return f"a pair of {x.dtype.name} does not fit the 32 bits that the kernel moves; bfloat16 does"
+    if dim % 2 or PAIRS % (dim // 2) or heads * dim % (2 * PAIRS):
+        return f"{heads} heads of {dim} do not divide into runs of {PAIRS} pairs with the same angles"
+    return None
+
+
+def _kernel(x, weight, cos, sin, *, eps, interpret):
+    """A pair of bf16 is one uint32: rotation stays within a thread, and no element is ever shuffled."""
+    batch, length, heads, dim = x.shape
+    width = heads * dim // 2
+    layout = plgpu.Layout.WG_STRIDED((PAIRS,), vec_size=1)
+    runs = range(0, width, PAIRS)
+    repeats = PAIRS // (dim // 2)
+    cos, sin = (jnp.tile(angle.astype(jnp.float32), (1, repeats)) for angle in (cos, sin))
+    even, odd = weight.astype(jnp.float32).reshape(width, 2).T
+    pairs = lax.bitcast_convert_type(x.reshape(batch, length, width, 2), jnp.uint32)
+
+    def body(pairs, even, odd, cos, sin, out):
+        def load(ref):
+            return plgpu.load(ref, layout=layout, optimized=False)
+
+        weights = [(load(even.at[pl.ds(run, PAIRS)]), load(odd.at[pl.ds(run, PAIRS)])) for run in runs]
+        b = lax.axis_index("batch")
+
+        @pl.loop(0, ROWS)
+        def _(i):
+            row = lax.axis_index("rows") * ROWS + i
+
+            @pl.when(row < length)
+            def _():
+                c, s = load(cos.at[row]), load(sin.at[row])
+                values = [_unpack(load(pairs.at[b, row, pl.ds(run, PAIRS)])) for run in runs]
+                squares = functools.reduce(jnp.add, (first * first + second * second for first, second in values))
+                scale = lax.rsqrt(jnp.sum(squares) * (0.5 / width) + eps)
+                for run, value, weight in zip(runs, values, weights, strict=True):
+                    first, second = (v * scale * w for v, w in zip(value, weight, strict=True))
+                    turned = _pack(first * c - second * s, first * s + second * c)
+                    out.at[b, row, pl.ds(run, PAIRS)][...] = turned
+
+    body.__name__ = "rms_norm_rope"
+    out = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((batch, length, width), jnp.uint32),
+        grid=(batch, pl.cdiv(length, ROWS)),
+        grid_names=("batch", "rows"),
+        # Solving for the layouts of some hundred small vectors takes ten seconds; here each load states its own.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(pairs, even, odd, cos, sin)
+    return lax.bitcast_convert_type(out, jnp.bfloat16).reshape(x.shape)
+
+
+def _unpack(pairs):
+    """The two bfloat16 of a uint32 as float32: the upper half of a float32 is a bfloat16."""
+    first = lax.bitcast_convert_type(pairs << 16, jnp.float32)
+    return first, lax.bitcast_convert_type(pairs & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def _pack(first, second):
+    """Two float32 to the uint32 of their bfloat16, half to even (NaN is not preserved)."""
+
+    def rounded(x):
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        return bits + jnp.uint32(0x7FFF) + ((bits >> 16) & jnp.uint32(1))
+
+    return (rounded(second) & jnp.uint32(0xFFFF0000)) | (rounded(first) >> 16)
 
 
 def _xla(x, weight, cos, sin, *, eps):

@@ -1,11 +1,13 @@
 """int8_linear against exact integer arithmetic in float64."""
 
 import importlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
 from pallas_kernels import int8_linear, quantize_blockwise, quantize_per_channel, quantize_per_token
 
@@ -129,12 +131,43 @@ def test_residual_and_gate():
 
 def test_rows_past_one_chunk(monkeypatch):
     """The XLA path maps over chunks of rows to bound its memory: the seams must not show."""
-    x, _, weight_q, weight_scale, bias = problem(50, 40, 64, "token", jnp.float32)
-    whole = int8_linear(x, weight_q, weight_scale, bias)
+    _, (q, q_scale), weight_q, weight_scale, bias = problem(50, 40, 64, "token", jnp.float32)
     # The module by its name: the package's attribute of that name is the function.
-    monkeypatch.setattr(importlib.import_module("pallas_kernels.int8_linear"), "XLA_CHUNK", 40 * 16)
-    chunked = int8_linear(x, weight_q, weight_scale, bias)
-    np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-6 * np.abs(whole).max())  # XLA fuses the scales anew
+    module = importlib.import_module("pallas_kernels.int8_linear")
+    run = partial(module._xla, q, weight_q, q_scale, weight_scale, bias, None, None, activation=None, dtype=jnp.float32)
+    whole = run()
+    monkeypatch.setattr(module, "XLA_CHUNK", 40 * 16)
+    np.testing.assert_allclose(run(), whole, rtol=0, atol=1e-6 * np.abs(whole).max())  # XLA fuses the scales anew
+
+
+@pytest.mark.parametrize("granularity", ["block", "token"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "epilogue"),
+    [
+        (1, 64, 128, jnp.bfloat16, {}),
+        (131, 192, 256, jnp.bfloat16, {"activation": "gelu_tanh"}),
+        (72, 320, 128, jnp.bfloat16, {"residual": True}),
+        (40, 96, 384, jnp.float32, {"residual": True, "gate": True}),
+    ],
+)
+def test_kernel_in_the_interpreter(m, n, k, granularity, dtype, epilogue):
+    """Ragged rows and columns, every epilogue, no race; the exact integer result within the dtype's rounding."""
+    _, (q, q_scale), weight_q, weight_scale, bias = problem(m, n, k, granularity, dtype)
+    rng = np.random.default_rng(7)
+    expected = exact(q, q_scale, weight_q, weight_scale, bias, epilogue.get("activation"))
+    before = np.abs(expected)
+    options = {"activation": epilogue.get("activation"), "out_dtype": dtype}
+    if "residual" in epilogue:
+        options["residual"] = jnp.asarray(rng.normal(size=(m, n)), dtype)
+        gate = rng.normal(size=n) if "gate" in epilogue else np.ones(n)
+        options["gate"] = jnp.asarray(gate, jnp.float32) if "gate" in epilogue else None
+        expected = np.asarray(options["residual"], np.float64) + np.asarray(jnp.asarray(gate, jnp.float32)) * expected
+    y = int8_linear(q, weight_q, weight_scale, bias, x_scale=q_scale, implementation="interpret", **options)
+    assert not interpreter.get_races().races_found
+    ulp = BF16 if dtype == jnp.bfloat16 else 2.0**-23
+    roundings = 4 if granularity == "block" else 1  # tiles: the sum and the sum plus bias too, the bias cancelling
+    slack = roundings * ulp * (np.abs(expected) + before + 1) + 4e-6 * np.abs(expected).max()
+    assert np.all(np.abs(np.asarray(y, np.float64) - expected) <= slack)
 
 
 def test_largest_sum_does_not_overflow():
@@ -142,6 +175,21 @@ def test_largest_sum_does_not_overflow():
     k = 13824
     y = int8_linear(jnp.ones((1, k)), jnp.full((8, k), -128, jnp.int8), jnp.ones(8), implementation="xla")
     np.testing.assert_allclose(y, -128.0 * k, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "k", "message"), [(64, 96, "K = 96"), (40, 128, "N = 40")])
+def test_a_forced_kernel_that_cannot_run_says_why(n, k, message):
+    weight_q, weight_scale = quantize_per_channel(jnp.ones((n, k)))
+    x = jnp.ones((2, k), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=message):
+        int8_linear(x, weight_q, weight_scale, implementation="interpret")
+    int8_linear(x, weight_q, weight_scale)
+
+
+def test_a_gpu_kernel_without_a_gpu_is_refused():
+    weight_q, weight_scale = quantize_per_channel(jnp.ones((64, 128)))
+    with pytest.raises(NotImplementedError, match="cpu devices only"):
+        int8_linear(jnp.ones((2, 128), jnp.bfloat16), weight_q, weight_scale, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("transform", [jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (x,))])

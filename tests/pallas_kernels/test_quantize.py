@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
 from pallas_kernels import quantize_blockwise, quantize_per_channel, quantize_per_token
 
@@ -64,6 +65,21 @@ def test_rows_err_by_at_most_half_a_step():
         np.abs(np.asarray(q, np.float64) * np.asarray(scale, np.float64)[..., None] - x) / np.asarray(scale)[..., None]
     )
     assert steps.max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (5, 384), (133, 256)])
+@pytest.mark.parametrize("quantize", [quantize_per_token, quantize_blockwise])
+def test_kernels_agree_with_xla_bit_for_bit(quantize, shape):
+    if quantize is quantize_blockwise and shape[0] < 128:
+        with pytest.raises(NotImplementedError, match="whole tiles"):
+            quantize(jnp.ones(shape), implementation="interpret")
+        return
+    x = jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.bfloat16)
+    q, scale = quantize(x, implementation="interpret")
+    assert not interpreter.get_races().races_found
+    expected_q, expected_scale = quantize(x, implementation="xla")
+    np.testing.assert_array_equal(q, expected_q)
+    np.testing.assert_array_equal(scale, expected_scale)
 
 
 def test_weights_of_stacked_layers_quantise_each_alone():
