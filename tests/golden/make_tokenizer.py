@@ -19,6 +19,7 @@ TEXTS = [
     "&lt;b&gt;escaped&amp;amp;twice&lt;/b&gt; and &amp;nbsp; blanks",
     "mojibake: â€œquotesâ€\x9d, schÃ¶n, ﬁne ligatures, ＦＵＬＬ ｗｉｄｔｈ",
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格",
+    "<p> &amp;lt;escaped twice beside a tag, which ftfy leaves alone",
     "unfinished &lt tag, \u200bzero width, e\u0301 combining, 🎬 camera",
     "it is a long sentence " * 12,
     "",

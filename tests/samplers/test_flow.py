@@ -61,8 +61,8 @@ def test_grid_is_wans():
     assert (flow.unipc_solver(40, 12.0).times[:5] * 1000).round(9).tolist() == [999, 997, 995, 993, 990]
 
 
-@pytest.mark.parametrize(("shift", "boundary", "high"), [(12.0, 0.875, 26), (5.0, 0.9, 15)])
-def test_experts_change_at_wans_step_and_share_the_memory(shift, boundary, high):
+def run_experts(**arguments) -> tuple[list[str], list[float], jax.Array]:
+    """(which expert was asked at each step, at which s, the sample)."""
     asked = []
 
     def expert(name):
@@ -73,15 +73,27 @@ def test_experts_change_at_wans_step_and_share_the_memory(shift, boundary, high)
         return record
 
     out = jax.jit(
-        lambda noise: flow.unipc(
-            expert("high"), noise, num_steps=40, shift=shift, low_velocity=expert("low"), boundary=boundary
-        )
+        lambda noise: flow.unipc(expert("high"), noise, low_velocity=expert("low"), **arguments),
     )(GOLDEN["noise"])
     jax.effects_barrier()
-    assert [name for name, _ in asked] == ["high"] * high + ["low"] * (40 - high)
-    np.testing.assert_allclose([s for _, s in asked], flow.unipc_solver(40, shift).times, rtol=1e-6)
+    return [name for name, _ in asked], [s for _, s in asked], out
+
+
+@pytest.mark.parametrize(("shift", "boundary", "high"), [(12.0, 0.875, 26), (5.0, 0.9, 15)])
+def test_experts_change_at_wans_step_and_share_the_memory(shift, boundary, high):
+    names, times, out = run_experts(num_steps=40, shift=shift, boundary=boundary)
+    assert names == ["high"] * high + ["low"] * (40 - high)
+    np.testing.assert_allclose(times, flow.unipc_solver(40, shift).times, rtol=1e-6)
     one = flow.unipc(velocity, GOLDEN["noise"], num_steps=40, shift=shift)
     assert relative(out, one) < 1e-5
+
+
+def test_a_step_at_the_boundary_is_the_high_noise_experts():
+    s = flow.unipc_solver(4, 5.0).times[1]
+    assert run_experts(num_steps=4, shift=5.0, boundary=s)[0] == ["high", "high", "low", "low"]
+    assert run_experts(num_steps=4, shift=5.0, boundary=s + 1e-3)[0] == ["high", "low", "low", "low"]
+    assert run_experts(num_steps=4, shift=5.0, boundary=0.0)[0] == ["high"] * 4
+    assert run_experts(num_steps=4, shift=5.0, boundary=1.0)[0] == ["low"] * 4
 
 
 def test_guidance_mixes_the_two_halves_of_one_batch():

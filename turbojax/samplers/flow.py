@@ -73,7 +73,7 @@ class Solver:
 
 
 def unipc_solver(num_steps: int, shift: float, *, start: float = START, truncate: bool = True) -> Solver:
-    """UniPC of order 2 (B(h) = e^h - 1, predicts x0, drops to order 1 on the last step).
+    """UniPC of order 2 (B(h) = e^h - 1, predicts x0, of order 1 on the first and the last step).
 
     truncate: ask the velocity at whole timesteps, trunc(1000 s), as Wan does; the solver itself keeps the exact s.
     """
@@ -173,8 +173,7 @@ def _solver(
     grid: Float[np.ndarray, "levels"], truncate: bool, table: Callable, start: Callable, step: Callable
 ) -> Solver:
     times = np.trunc(grid[:-1] * 1000) / 1000 if truncate else grid[:-1]
-    # The reference solves with levels rounded to float32; near s = 1 that moves log(1 - s) in the fourth digit.
-    return Solver(times, table(grid.astype(np.float32).astype(np.float64)).astype(np.float32), start, step)
+    return Solver(times, table(grid).astype(np.float32), start, step)
 
 
 def _euler_table(grid: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "steps 1"]:
@@ -212,13 +211,13 @@ def _unipc_table(grid: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "steps 
     """
     n = len(grid) - 1
     alpha = 1 - grid
-    with np.errstate(divide="ignore"):
-        lam = np.log(alpha) - np.log(grid)  # infinite at the end, where s = 0
-    order = [min(2, n - i, i + 1) for i in range(n)]  # of the predictor of step i, and of the corrector of i + 1
+    lam = np.log(alpha[:-1]) - np.log(grid[:-1])
+    order = [min(2, i + 1) for i in range(n)]  # of the predictor of step i, and of the corrector of i + 1
     table = np.zeros((n, 9))
     for i in range(n):
         table[i, 0] = grid[i]
         table[i, 1:6] = (1, 0, 0, 0, 0) if i == 0 else _corrector(i, order[i - 1], grid, alpha, lam)
+        # The last step lands on the predicted x0: h is infinite there.
         table[i, 6:9] = (0, 1, 0) if i == n - 1 else _predictor(i, order[i], grid, alpha, lam)
     return table
 
