@@ -1,5 +1,6 @@
 """Prompts become clips as the parts say they should, reproducibly, and mistakes are found before any work."""
 
+import dataclasses
 import json
 import shutil
 
@@ -40,7 +41,7 @@ def fail(*_, **__):
     raise AssertionError("went to work")
 
 
-def by_hand(pipe: Pipeline, prompt: str, seed: int, **options) -> np.ndarray:
+def by_hand(pipe: Pipeline, prompt: str, seed: int, condition=None, **options) -> np.ndarray:
     """The clip put together step by step, conditional and unconditional passes apart."""
     settings = resolve(pipe.spec, **options)
     noise, step_noise = draw_noise([seed], pipe._latent_shape(settings), settings)
@@ -50,6 +51,7 @@ def by_hand(pipe: Pipeline, prompt: str, seed: int, **options) -> np.ndarray:
     def velocity(x, s):
         is_high = settings.boundary is None or float(s) >= settings.boundary
         dit, g = (high, settings.guidance[1]) if is_high else (low, settings.guidance[0])
+        x = x if condition is None else jnp.concatenate([x, condition], axis=-1)
         cond, uncond = (dit(x, jnp.array([1000.0 * s]), context) for context in contexts)
         return uncond + g * (cond - uncond)
 
@@ -104,6 +106,26 @@ def test_two_experts_share_the_steps_at_the_boundary_each_with_its_guidance():
     high = (flow.unipc_solver(3, pipe.spec.config.shift).times >= 0.8).sum()
     assert 0 < high < 3  # both experts get a turn
     assert_same_picture(pipe.generate(PROMPT).frames, by_hand(pipe, PROMPT, 0))
+
+
+def test_image_to_video_puts_mask_and_picture_behind_the_noise(tmp_path):
+    pipe = small_pipeline.pipeline(dataclasses.replace(small_pipeline.DIT, in_channels=12))
+    image = np.random.default_rng(0).integers(0, 256, (48, 32, 3), np.uint8)
+    # One picture, then mid-grey (0 in [-1, 1]) frames; the mask marks the first of two latent frames.
+    video = np.concatenate([image[None].astype(np.float32) / 127.5 - 1, np.zeros((4, 48, 32, 3), np.float32)])
+    latents = np.asarray(pipe.vae.encode(video[None]))
+    mask = np.zeros((1, 2, 6, 4, 4), np.float32)
+    mask[:, 0] = 1
+    clip = pipe.generate(PROMPT, image=image)
+    assert_same_picture(clip.frames, by_hand(pipe, PROMPT, 0, np.concatenate([mask, latents], axis=-1)))
+    assert clip.metadata["image"].startswith("sha256:")
+    for source, message in (
+        (tmp_path / "none.png", "no such image"),
+        (__file__, "cannot read .* as an image"),
+        (image[..., 0], r"must be uint8 \[h, w, 3\], got uint8 \[48, 32\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe.generate(PROMPT, image=source)
 
 
 def test_a_second_clip_compiles_nothing(pipe, clip, monkeypatch):

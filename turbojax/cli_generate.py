@@ -48,6 +48,7 @@ def add_arguments(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then load, generate and write one clip after the other."""
     started = time.perf_counter()
+    from turbojax.image import read_image
     from turbojax.pipeline_config import find_pipeline
     from turbojax.settings import check_image, check_prompts, check_seeds, resolve
     from turbojax.video import check_output
@@ -59,25 +60,26 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in (*names, "size", "frames", "batch_size")}
     folder = find_pipeline(args.model)
     check_image(folder.spec, args.image is not None)
-    resolve(folder.spec, **options)
+    settings = resolve(folder.spec, **options)
+    image = None if args.image is None else read_image(args.image, settings.size)
 
     from turbojax.compilation_cache import use_compilation_cache
     from turbojax.pipeline import Pipeline
 
     use_compilation_cache()
     pipeline = Pipeline.load(folder)
-    clips = pipeline.generate_each(prompts, seed=seeds, image=args.image, progress=not args.no_progress, **options)
+    clips = pipeline.generate_each(prompts, seed=seeds, image=image, progress=not args.no_progress, **options)
     for path, clip in zip(outputs, clips, strict=True):
         begun = time.perf_counter()
         clip.save(path)
         seconds = {**clip.timings, "file": time.perf_counter() - begun}
-        stages = ", ".join(f"{label} {seconds[stage]:.1f} s" for stage, label in _STAGES.items())
+        stages = ", ".join(f"{label} {seconds[stage]:.1f} s" for stage, label in _STAGES.items() if stage in seconds)
         print(f"{path}: {clip.metadata['prompt']!r}, seed {clip.metadata['seed']}: {stages}", flush=True)
     print(f"load {pipeline.load_seconds:.1f} s; end to end {time.perf_counter() - started:.1f} s")
     return 0
 
 
-_STAGES = {"compile": "compile", "text": "text", "dit": "DiT", "vae": "VAE", "file": "file"}
+_STAGES = {"compile": "compile", "text": "text", "image": "image", "dit": "DiT", "vae": "VAE", "file": "file"}
 
 
 def _numbered(out: Path, count: int) -> Sequence[Path]:

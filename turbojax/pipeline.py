@@ -7,6 +7,7 @@ video.save("circle.mp4")
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +26,16 @@ from jaxtyping import Float, UInt8
 from turbojax.attention import AttentionConfig
 from turbojax.checkpoint import load_component
 from turbojax.errors import UserError
+from turbojax.image import read_image
 from turbojax.pipeline_config import PipelineConfig, PipelineFolder, PipelineSpec, find_pipeline
-from turbojax.programs import Programs, decode, denoise, encode_text
+from turbojax.programs import Program, Programs, decode, denoise, encode_image, encode_text
 from turbojax.progress import StepBar
 from turbojax.quant import block_linears, quantize_dit
 from turbojax.settings import Settings, check_image, check_prompts, check_seeds, resolve
 from turbojax.tokenizer import Tokenizer
 from turbojax.video import Video
+
+Picture = UInt8[np.ndarray, "H W 3"]
 
 
 class Pipeline:
@@ -117,6 +121,7 @@ class Pipeline:
             are for the low-noise and the high-noise expert. shift: of unipc and euler; sigma_max: of rcm.
         attention: "dense", "sage", "sla", "sagesla" (topk: share of key blocks kept) or an AttentionConfig.
         quant: "w8a8" or "none". size: (width, height), multiples of 16. frames: 4n + 1.
+        image: first frame for the models that take one: a file, a PIL image or uint8 [h, w, 3]; stretched to size.
         batch_size: clips made at once. A clip made alone depends on nothing but its prompt, seed and settings: the
             same bits every time on one machine. Another batch size may round differently.
         progress: a bar of the denoising steps; None: in terminals and notebooks.
@@ -129,12 +134,15 @@ class Pipeline:
             batch_size=batch_size,
         )  # fmt: skip
         check_image(self.spec, image is not None)
+        picture = None if image is None else read_image(image, settings.size)
         for text in prompts:
             if unknown := self.tokenizer.unknown(text):
                 warnings.warn(f"{self.spec.name} never learned the words {', '.join(unknown)}", stacklevel=2)
-        return self._run([(p, s) for p in prompts for s in seeds], settings, progress)
+        return self._run([(p, s) for p in prompts for s in seeds], settings, picture, progress)
 
-    def _run(self, requests: list[tuple[str, int]], settings: Settings, progress: bool | None) -> Iterator[Video]:
+    def _run(
+        self, requests: list[tuple[str, int]], settings: Settings, picture: Picture | None, progress: bool | None
+    ) -> Iterator[Video]:
         size = settings.batch_size
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         contexts: dict[str, Any] = {}
@@ -142,41 +150,71 @@ class Pipeline:
             for batch in batches:
                 clock = _Clock()
                 filled = batch + [batch[-1]] * (size - len(batch))  # one shape, one program
-                pixels = self._make(filled, settings, contexts, clock)
+                pixels = self._make(filled, settings, picture, contexts, clock)
                 timings = clock.stop()
                 for (prompt, seed), frames in zip(batch, pixels, strict=False):
-                    yield Video(frames, settings.fps, self._metadata(prompt, seed, settings), timings)
+                    yield Video(frames, settings.fps, self._metadata(prompt, seed, settings, picture), timings)
 
     def _make(
-        self, batch: list[tuple[str, int]], settings: Settings, contexts: dict[str, Any], clock: _Clock
+        self,
+        batch: list[tuple[str, int]],
+        settings: Settings,
+        picture: Picture | None,
+        contexts: dict[str, Any],
+        clock: _Clock,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """One batch of clips; `contexts` remembers the features of the texts met so far."""
         text, vae = nnx.split(self.text_encoder), nnx.split(self.vae)
-        graphdefs, states = zip(*map(nnx.split, self._experts(settings.quant)), strict=True)
-        noise, step_noise = draw_noise([seed for _, seed in batch], self._latent_shape(settings), settings)
+        experts = tuple(map(nnx.split, self._experts(settings.quant)))
+        states = tuple(state for _, state in experts)
+        noises = draw_noise([seed for _, seed in batch], self._latent_shape(settings), settings)
         with clock.stage("compile"):
-            ids, mask = self.tokenizer("")
-            encode = self._programs.get(encode_text, text[1], ids, mask, graphdef=text[0])
-            row = jax.ShapeDtypeStruct((len(batch), *encode.out_info.shape[1:]), encode.out_info.dtype)
-            arguments = (states, row, row if settings.guided else None, None, noise, step_noise)
-            static = {"graphdefs": graphdefs, "settings": settings, "tick": self._bar.tick}
-            sample = self._programs.get(denoise, *arguments, **static)
-            render = self._programs.get(decode, vae[1], sample.out_info, graphdef=vae[0])
-            for program in (encode, sample, render):
-                program.executable.result()
+            programs = self._prepare(text, experts, vae, settings, picture, noises)
         with clock.stage("text"):
             negatives = [settings.negative_prompt] * len(batch) if settings.guided else []
             for prompt in {*(prompt for prompt, _ in batch), *negatives} - contexts.keys():
-                contexts[prompt] = encode(text[1], *self.tokenizer(prompt))
+                contexts[prompt] = programs["text"](text[1], *self.tokenizer(prompt))
             context = jnp.concatenate([contexts[prompt] for prompt, _ in batch])
             negative = jnp.concatenate([contexts[prompt] for prompt in negatives]) if negatives else None
             jax.block_until_ready((context, negative))
+        condition = None
+        if picture is not None:
+            with clock.stage("image"):
+                condition = jax.block_until_ready(programs["image"](vae[1], picture))
         self._bar.resume()
         with clock.stage("dit"):
-            latents = jax.block_until_ready(sample(states, context, negative, None, noise, step_noise))
+            latents = jax.block_until_ready(programs["dit"](states, context, negative, condition, *noises))
             jax.effects_barrier()  # the bar's last steps
         with clock.stage("vae"):
-            return np.asarray(render(vae[1], latents))
+            return np.asarray(programs["vae"](vae[1], latents))
+
+    def _prepare(
+        self, text: Any, experts: Any, vae: Any, settings: Settings, picture: Picture | None, noises: Any
+    ) -> dict[str, Program]:
+        """The programs of one batch, compiled; each module comes as (graphdef, state)."""
+        batch, programs = settings.batch_size, {}
+        encoded = programs["text"] = self._programs.get(encode_text, text[1], *self.tokenizer(""), graphdef=text[0])
+        context = jax.ShapeDtypeStruct((batch, *encoded.out_info.shape[1:]), encoded.out_info.dtype)
+        condition = None
+        if picture is not None:
+            static = {"graphdef": vae[0], "frames": settings.frames, "batch": batch}
+            programs["image"] = self._programs.get(encode_image, vae[1], picture, **static)
+            condition = programs["image"].out_info
+        programs["dit"] = self._programs.get(
+            denoise,
+            tuple(state for _, state in experts),
+            context,
+            context if settings.guided else None,
+            condition,
+            *noises,
+            graphdefs=tuple(graphdef for graphdef, _ in experts),
+            settings=settings,
+            tick=self._bar.tick,
+        )
+        programs["vae"] = self._programs.get(decode, vae[1], programs["dit"].out_info, graphdef=vae[0])
+        for program in programs.values():
+            program.executable.result()
+        return programs
 
     def _experts(self, quant: str) -> list[Any]:
         """The DiTs as they will run: int8 weights are made once, and again only if the weights changed."""
@@ -197,10 +235,12 @@ class Pipeline:
         t = (settings.frames - 1) // vae.temporal_stride + 1
         return t, height // vae.spatial_stride, width // vae.spatial_stride, vae.z_dim
 
-    def _metadata(self, prompt: str, seed: int, settings: Settings) -> dict[str, Any]:
+    def _metadata(self, prompt: str, seed: int, settings: Settings, picture: Picture | None) -> dict[str, Any]:
+        image = {} if picture is None else {"image": f"sha256:{hashlib.sha256(picture.tobytes()).hexdigest()}"}
         return {
             "prompt": prompt,
             "seed": seed,
+            **image,
             "model": self.spec.name,
             "settings": settings.describe(),
             "versions": {name: version(name) for name in ("turbojax", "jax", "jaxlib")},

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from turbojax.config import VAEConfig
 from turbojax.samplers import flow, rcm
 from turbojax.settings import Settings
 
-# Above this, the whole-sequence decoder's widest activation is too much to hold, and frames are streamed instead.
+# Above this, the VAE streams the frames instead of seeing the whole sequence at once, with the same result.
 _WHOLE_SEQUENCE_BYTES = 2**30
 
 
@@ -93,14 +94,32 @@ def _velocity(
     return flow.guided(velocity, guidance) if is_guided else velocity
 
 
-def decode(state: Any, latents: Float[Array, "B t h w C"], *, graphdef: Any) -> UInt8[Array, "B T H W 3"]:
-    """Latents to pixels; long or large clips frame by frame, with the same result in bounded memory."""
+def encode_image(
+    state: Any, image: UInt8[Array, "H W 3"], *, graphdef: Any, frames: int, batch: int
+) -> Float[Array, "B t h w K"]:
+    """The condition of image to video: 4 mask channels (1 on the first latent frame), then the picture's latents.
+
+    The VAE sees the picture followed by mid-grey frames (`wan/image2video.py`).
+    """
     vae = nnx.merge(graphdef, state)
-    config, (batch, t, h, w, _) = vae.config, latents.shape
-    pixels = batch * ((t - 1) * config.temporal_stride + 1) * h * w * config.spatial_stride**2
-    whole = pixels * config.base_dim * 4 <= _WHOLE_SEQUENCE_BYTES
-    video = vae.decode(latents) if whole else vae.decode_streamed(latents)
+    video = jnp.zeros((1, frames, *image.shape), jnp.float32).at[0, 0].set(image / 127.5 - 1.0)
+    latents = vae.encode(video) if _fits(vae.config, video.size // 3) else vae.encode_streamed(video)
+    mask = jnp.zeros((*latents.shape[:-1], 4), latents.dtype).at[:, 0].set(1.0)
+    return jnp.repeat(jnp.concatenate([mask, latents], axis=-1), batch, axis=0)
+
+
+def decode(state: Any, latents: Float[Array, "B t h w C"], *, graphdef: Any) -> UInt8[Array, "B T H W 3"]:
+    """Latents to pixels."""
+    vae = nnx.merge(graphdef, state)
+    batch, t, h, w, _ = latents.shape
+    pixels = batch * ((t - 1) * vae.config.temporal_stride + 1) * h * w * vae.config.spatial_stride**2
+    video = vae.decode(latents) if _fits(vae.config, pixels) else vae.decode_streamed(latents)
     return jnp.rint((video.astype(jnp.float32) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def _fits(config: VAEConfig, pixels: int) -> bool:
+    """Whether the VAE can hold its widest activation for all pixels at once, in float32."""
+    return pixels * config.base_dim * 4 <= _WHOLE_SEQUENCE_BYTES
 
 
 @dataclass(frozen=True)
