@@ -1,0 +1,210 @@
+"""The article's four rows on one GPU: full-size random weights, 81 frames, 4 few-step forwards against 50 guided ones.
+
+    python -m turbojax.bench_rows --json rows.json [--rows 1.3b-480p 14b-480p 14b-720p i2v-14b-720p]
+
+Times are of the DiT alone, whole sampler in one program. The dense baseline (bf16, cuDNN attention, condition and
+unconditional batched) is timed over 2 steps and scaled to 50, which the output says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from turbojax.attention import AttentionConfig
+from turbojax.config import PRESETS, Preset
+from turbojax.models.dit import WanDiT
+from turbojax.quant import quantize_dit
+from turbojax.samplers import flow, rcm
+
+FRAMES = 81
+BASELINE_STEPS, TIMED_STEPS = 50, 2
+
+
+@dataclass(frozen=True)
+class Row:
+    preset: str
+    size: tuple[int, int]  # width, height
+
+
+ROWS: Mapping[str, Row] = {
+    "1.3b-480p": Row("wan2.1-t2v-1.3b", (832, 480)),
+    "14b-480p": Row("wan2.1-t2v-14b", (832, 480)),
+    "14b-720p": Row("wan2.1-t2v-14b", (1280, 720)),
+    "i2v-14b-720p": Row("wan2.2-i2v-a14b", (1280, 720)),
+}
+# Each rung adds one part to the one before; the last is what ships.
+LADDER: Mapping[str, tuple[AttentionConfig, bool]] = {
+    "dense": (AttentionConfig("dense"), False),
+    "dense+w8a8": (AttentionConfig("dense"), True),
+    "sage+w8a8": (AttentionConfig("sage"), True),
+    "sla+w8a8": (AttentionConfig("sla"), True),
+    "sagesla+w8a8": (AttentionConfig("sagesla"), True),
+}
+
+
+def random_dit(config: Any, quantized: bool, seed: int = 0) -> tuple[Any, Any]:
+    """(graphdef, state) of a DiT with random weights, drawn on the device in the form that it runs in."""
+
+    def make() -> Any:
+        module = WanDiT(config, rngs=nnx.Rngs(0))
+        return quantize_dit(module) if quantized else module
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    leaves, structure = jax.tree.flatten(abstract)
+    key = jax.random.key(seed)
+    drawn = [_draw(jax.random.fold_in(key, i), leaf.shape, jnp.dtype(leaf.dtype)) for i, leaf in enumerate(leaves)]
+    return graphdef, jax.tree.unflatten(structure, drawn)
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Numbers of a trained model's size: kernels of standard deviation 1/sqrt(width), int8 over its range."""
+    if dtype == jnp.int8:
+        # Layer by layer: drawing a whole stack needs four times its bytes.
+        layer = jax.jit(lambda k: jax.random.randint(k, shape[1:], -127, 128, jnp.int8))
+        return jnp.stack([layer(k) for k in jax.random.split(key, shape[0])])
+    scale = 0.5 / max(shape) ** 0.5 if len(shape) > 1 else 0.02
+    if len(shape) == 3:
+        layer = jax.jit(lambda k: (scale * jax.random.normal(k, shape[1:], jnp.bfloat16)).astype(dtype))
+        return jnp.stack([layer(k) for k in jax.random.split(key, shape[0])])
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def timed(program: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` runs after one that is not counted."""
+    jax.block_until_ready(program(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def latent_shape(preset: Preset, size: tuple[int, int], frames: int = FRAMES) -> tuple[int, int, int, int, int]:
+    vae, (width, height) = preset.vae, size
+    t = (frames - 1) // vae.temporal_stride + 1
+    return 1, t, height // vae.spatial_stride, width // vae.spatial_stride, vae.z_dim
+
+
+def sampler(preset: Preset, graphdef: Any, attention: AttentionConfig, guided: bool, boundary: bool) -> Callable:
+    """The whole few-step sampler, or TIMED_STEPS of the guided baseline, over (states, noise, step_noise, context)."""
+
+    def velocities(states: tuple[Any, ...], context: jax.Array, condition: jax.Array | None) -> list[Callable]:
+        def velocity(state: Any) -> Callable:
+            dit = nnx.merge(graphdef, state)
+
+            def at(x: jax.Array, s: Any) -> jax.Array:
+                inputs = x if condition is None else jnp.concatenate([x, jnp.repeat(condition, len(x), 0)], axis=-1)
+                timestep = jnp.full(len(x), 1000.0 * s, jnp.float32)
+                return dit(inputs, timestep, jnp.repeat(context, len(x), 0), attention=attention)
+
+            return at
+
+        return [velocity(state) for state in states]
+
+    def few(states, noise, step_noise, context, condition):
+        experts = velocities(states, context, condition)
+        limit = preset.boundary if boundary else None
+
+        def velocity(x: jax.Array, s: float) -> jax.Array:
+            return experts[0 if limit is None or s >= limit or len(experts) == 1 else 1](x, s)
+
+        return rcm.sample(velocity, noise, step_noise, num_steps=4, sigma_max=preset.sigma_max)
+
+    def many(states, noise, step_noise, context, condition):
+        guide = flow.guided(velocities(states, context, condition)[0], preset.guidance[0])
+        return flow.unipc(guide, noise, num_steps=TIMED_STEPS, shift=preset.shift)
+
+    return many if guided else few
+
+
+def measure(
+    name: str, row: Row, rungs: Mapping[str, tuple[AttentionConfig, bool]], repeats: int, baseline: bool
+) -> dict:
+    """Seconds and memory of the baseline and of every rung; a rung that fails says why and the others go on."""
+    preset = PRESETS[row.preset]
+    shape = latent_shape(preset, row.size)
+    extra = preset.dit.in_channels - shape[-1]
+    condition = jnp.zeros((*shape[:-1], extra), jnp.float32) if extra else None
+    noise = jax.random.normal(jax.random.key(1), shape)
+    step_noise = jax.random.normal(jax.random.key(2), (4, *shape))
+    context = jax.random.normal(jax.random.key(3), (1, preset.text_len, preset.dit.text_dim), jnp.bfloat16)
+    out: dict[str, Any] = {"row": name, "preset": row.preset, "size": row.size, "frames": FRAMES}
+    jobs = [("baseline", AttentionConfig("dense"), False, True)] if baseline else []
+    jobs += [(rung, attention, quantized, False) for rung, (attention, quantized) in rungs.items()]
+    held: dict[tuple[bool, bool], Any] = {}
+    for rung, attention, quantized, guided in jobs:
+        linear_branch = attention.kind in ("sla", "sagesla")
+        key = (linear_branch, quantized)
+        if key not in held:
+            held.clear()
+            config = dataclasses.replace(preset.dit, linear_branch=linear_branch)
+            held[key] = random_dit(config, quantized)
+        graphdef, state = held[key]
+        # Two experts of the same size: the second is the first's weights again where two do not fit.
+        states = (state, state) if preset.boundary is not None else (state,)
+        try:
+            out[rung] = _rung(preset, graphdef, states, attention, guided, repeats,
+                              (noise, step_noise, context, condition))  # fmt: skip
+        except Exception as error:
+            out[rung] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        print(name, rung, json.dumps(out[rung]), flush=True)
+    return out
+
+
+def _rung(preset, graphdef, states, attention, guided, repeats, inputs) -> dict[str, Any]:
+    program = jax.jit(sampler(preset, graphdef, attention, guided, preset.boundary is not None))
+    begun = time.perf_counter()
+    compiled = program.lower(states, *inputs).compile()
+    compile_seconds = time.perf_counter() - begun
+    analysis = compiled.memory_analysis()
+    seconds = timed(compiled, (states, *inputs), 1 if guided else repeats)
+    result = compiled(states, *inputs)
+    median = sorted(seconds)[len(seconds) // 2]
+    out: dict[str, Any] = {
+        "seconds": [round(s, 4) for s in seconds],
+        "median": round(median, 4),
+        "compile_seconds": round(compile_seconds, 1),
+        "finite": bool(jnp.isfinite(result).all()),
+        "temporary_bytes": analysis.temp_size_in_bytes,
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "peak_bytes_in_use": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+    if guided:
+        out["scaled_to_50_steps"] = round(median * BASELINE_STEPS / TIMED_STEPS, 2)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rungs", nargs="+", choices=LADDER, default=list(LADDER))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "rows": []}
+    for name in args.rows:
+        rungs = {rung: LADDER[rung] for rung in args.rungs}
+        results["rows"].append(measure(name, ROWS[name], rungs, args.repeats, not args.no_baseline))
+        if args.json:
+            partial = args.json.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=2) + "\n")
+            os.replace(partial, args.json)
+
+
+if __name__ == "__main__":
+    main()
