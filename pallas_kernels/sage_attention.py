@@ -13,8 +13,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels._attention_xla import default_scale, sage_xla
 from pallas_kernels._derivatives import forward_only
-from pallas_kernels._dispatch import dispatch
 from pallas_kernels._heads import check_qkv, heads_first, heads_last
+from pallas_kernels._hopper_sage import sage_forward
+from pallas_kernels._refusals import attention_refusal
+from pallas_kernels.dispatch import dispatch
 
 BLOCK_Q = 64
 """Rows of q that share an INT8 scale: what one warpgroup multiplies."""
@@ -55,7 +57,10 @@ def sage_attention(
         return heads_last(o, q.shape)
 
     def kernel(q, k, v, interpret):
-        raise NotImplementedError
+        return sage_forward(
+            q, k, v, None, scale=scale, block_q=BLOCK_Q, block_k=BLOCK_K, smooth_k=smooth_k, interpret=interpret
+        )[0]
 
+    unsupported = attention_refusal(q, implementation, scale, BLOCK_Q, BLOCK_K)
     q, k, v = forward_only("sage_attention", q, k, v)
-    return dispatch("sage_attention", implementation, "the kernel is not built yet", xla, kernel, q, k, v)
+    return dispatch("sage_attention", implementation, (q, k, v), xla=xla, kernel=kernel, unsupported=unsupported)

@@ -1,0 +1,133 @@
+"""What the Hopper attention kernels share: tensor-core products, the FP8 repack, and the split into row streams.
+
+One switch, `interpret`, separates what the interpreter runs from what the hardware runs, and it lives here: the
+interpreter cannot feed wgmma from registers, so there the left operand is staged in shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+ROWS = 64
+"""Rows of one warpgroup's wgmma. With head_dim 128, 128 rows do not fit in its registers."""
+
+TILE = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+# Order of the columns of an 8-bit left operand whose registers were filled from an accumulator without exchanging
+# values between threads: operand column c of each 16 holds accumulator column FP8_ORDER[c]. V^T is stored so.
+FP8_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+
+
+def fp8_order(columns: int) -> np.ndarray:
+    return (np.arange(columns) // 16 * 16) + np.tile(np.array(FP8_ORDER), columns // 16)
+
+
+def per_row(x: jax.Array, like: jax.Array) -> jax.Array:
+    """[m] -> [m, n]"""
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def per_column(x: jax.Array, like: jax.Array) -> jax.Array:
+    """[n] -> [m, n]"""
+    return lax.broadcast_in_dim(x, like.shape, [1])
+
+
+def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def product(a, b, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """a @ b of two SMEM refs, or of a register operand and an SMEM ref.
+
+    The barrier is needed: reading the accumulator waits for the tensor cores, but nothing ties the registers to
+    that wait, and LLVM may move arithmetic on them in front of it.
+    """
+
+    def body(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return lax.optimization_barrier(pl.run_scoped(body, plgpu.ACC(shape, dtype)))
+
+
+def to_fp8(p: jax.Array, stage) -> jax.Array:
+    """float32 accumulator tile [m, n] to an e4m3 left operand, its columns in FP8_ORDER.
+
+    stage: None on hardware, where each thread repacks its own registers; an SMEM ref [m, n] in the interpreter.
+    """
+    m, n = p.shape
+    if stage is not None:
+        p8 = p.astype(jnp.float8_e4m3fn).reshape(m, n // 16, 2, 4, 2)
+        stage[...] = jnp.transpose(p8, (0, 1, 3, 2, 4)).reshape(m, n)
+        plgpu.commit_smem()
+        return stage
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct((m, n), jnp.float8_e4m3fn, layout=plgpu.Layout.WGMMA_8BIT),
+    )
+    def repack(_, x):
+        return _repack(x)
+
+    return repack(p)
+
+
+def _repack(x: fa.FragmentedArray) -> fa.FragmentedArray:
+    """Registers of a float32 WGMMA tile to those of a WGMMA_8BIT tile: two pairs of floats to one word."""
+    layout = fa.WGMMA_LAYOUT_8BIT
+    shape = layout.registers_shape(x.shape)
+    m, n = x.shape
+    pairs = x.registers.reshape(m // 64, n // 8, 2)  # [.., 8 columns, row r or r + 8] of vectors of two
+    words = np.empty((m // 64, n // 16, 2), dtype=object)
+    i32, f8x4 = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+
+    def lane(pair, i):
+        return vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+    for a, b, r in np.ndindex(*words.shape):
+        low, high = pairs[a, 2 * b, r], pairs[a, 2 * b + 1, r]
+        word = llvm.inline_asm(
+            i32,
+            [lane(low, 0), lane(low, 1), lane(high, 0), lane(high, 1)],
+            "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
+            "mov.b32 $0, {lo, hi}; }",
+            "=r,f,f,f,f",
+            asm_dialect=0,
+            has_side_effects=False,
+        )
+        words[a, b, r] = mgpu_utils.bitcast(word, f8x4)
+    return fa.FragmentedArray(_registers=words.reshape(shape), _layout=layout, _is_signed=None)
+
+
+__all__ = [
+    "FP8_ORDER",
+    "LN2",
+    "LOG2E",
+    "PER_COLUMN",
+    "PER_ROW",
+    "ROWS",
+    "TILE",
+    "fp8_order",
+    "full",
+    "mgpu",
+    "per_column",
+    "per_row",
+    "product",
+    "to_fp8",
+]

@@ -1,0 +1,330 @@
+"""Every attention op on the GPU that is here, against a float32 reference, and how long it takes.
+
+    python -m pallas_kernels.hardware_check --json OUT            accuracy, about 3 minutes
+    python -m pallas_kernels.hardware_check --bench --json OUT    times at 32,760 tokens, beside cuDNN attention
+
+Cases run in a child process, so that one that hangs or corrupts the GPU's state costs only itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels._attention_xla import block_sparse_xla, default_scale, dense_xla
+from pallas_kernels._heads import heads_first, heads_last
+from pallas_kernels._refusals import BLOCKS
+from pallas_kernels.block_map import sla_block_map
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.sage_attention import sage_attention
+
+CASE_SECONDS = 150
+# Relative L2 against exact attention; why: tests/pallas_kernels.
+BOUNDS = {"int8": 5e-2, "bf16": 1e-2}
+# Kernels round P against the running maximum, XLA against the final one: measured 1.8e-2 apart.
+FROM_XLA = {"int8": 3e-2, "bf16": 5e-3}
+PARTS = ("routing", "quantize", "linear branch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One accuracy case. blocks None is dense attention. data: a key of DATA."""
+
+    kind: str
+    length: int
+    heads: int
+    dim: int
+    blocks: tuple[int, int] | None = None
+    data: str = "gaussian"
+    batch: int = 1
+    dtype: str = "bfloat16"
+    topk: float = 0.3
+
+    @property
+    def name(self) -> str:
+        blocks = "dense" if self.blocks is None else f"{self.blocks[0]}x{self.blocks[1]}"
+        return f"{self.kind} {blocks} {self.batch}x{self.length}x{self.heads}x{self.dim} {self.data} {self.dtype}"
+
+
+def _gaussian(rng, shape):
+    return [rng.standard_normal(shape, np.float32) for _ in range(3)]
+
+
+def _outliers(rng, shape):
+    q, k, v = _gaussian(rng, shape)
+    for x in (k, v):
+        x[..., [3, shape[-1] // 2]] *= 20
+    return q, k, v
+
+
+def _mean(rng, shape):
+    q, k, v = _gaussian(rng, shape)
+    return q, k + 6 * rng.standard_normal(shape[-1], np.float32), v
+
+
+DATA: dict[str, Callable] = {
+    "gaussian": _gaussian,
+    "outliers": _outliers,
+    "mean": _mean,
+    "zeros": lambda rng, shape: [np.zeros(shape, np.float32)] * 3,
+    "constant": lambda rng, shape: [np.full(shape, c, np.float32) for c in (0.5, -2.0, 3.0)],
+    "logits 1e4": lambda rng, shape: [x * s for x, s in zip(_gaussian(rng, shape), (100, 100, 1), strict=True)],
+}
+
+
+def checks() -> list[Check]:
+    out = [Check("int8", length, 2, 128) for length in (128, 1024, 1, 64, 100, 333, 4100)]
+    out += [Check("int8", 1024, 2, 128, blocks) for blocks in BLOCKS]
+    out += [Check("int8", 777, 3, 128, blocks, "outliers", batch=2) for blocks in BLOCKS]
+    out += [Check("int8", 1000, 3, 64, blocks, "mean") for blocks in (None, *BLOCKS)]
+    out += [Check("int8", 500, 2, 128, None, data) for data in DATA if data != "gaussian"]
+    out += [Check("int8", 500, 2, 128, BLOCKS[0], data) for data in ("zeros", "constant", "logits 1e4")]
+    out += [Check("int8", 1024, 2, 128, None, dtype="float16")]
+    out += [Check("int8", 32_760, 12, 128, blocks, "outliers", topk=0.1) for blocks in (None, *BLOCKS)]
+    return out
+
+
+def run_check(check: Check) -> dict:
+    rng = np.random.default_rng(0)
+    shape = (check.batch, check.length, check.heads, check.dim)
+    q, k, v = (jnp.asarray(x, check.dtype) for x in DATA[check.data](rng, shape))
+    wide = [heads_first(x.astype(jnp.float32)) for x in (q, k, v)]
+    scale = default_scale(check.dim)
+    quantized = check.kind == "int8"
+    with jax.default_matmul_precision("highest"):
+        if check.blocks is None:
+            run = functools.partial(sage_attention, q, k, v)
+            want = heads_last(jax.jit(dense_xla, static_argnums=3)(*wide, scale), shape)
+        else:
+            block_q, block_k = check.blocks
+            index = sla_block_map(q, k, topk=check.topk, block_q=block_q, block_k=block_k)
+            run = functools.partial(
+                block_sparse_attention,
+                q,
+                k,
+                v,
+                index,
+                block_q=block_q,
+                block_k=block_k,
+                quantized=quantized,
+            )
+            flat = index.reshape(-1, *index.shape[2:])
+            exact = jax.jit(block_sparse_xla, static_argnums=(4, 5, 6, 7))
+            want = heads_last(exact(*wide, flat, scale, block_q, block_k, False)[0], shape)
+    got = np.asarray(run(implementation="mosaic_gpu"), np.float64)
+    same = np.asarray(run(implementation="xla"), np.float64)
+    repeat = np.asarray(run(implementation="mosaic_gpu"), np.float64)
+    want = np.asarray(want, np.float64)
+    norm = max(np.linalg.norm(want), 1e-30)
+    row = {
+        "relative": np.linalg.norm(got - want) / norm,
+        "cosine": float((got * want).sum() / max(np.linalg.norm(got) * norm, 1e-30)),
+        "from_xla": np.linalg.norm(got - same) / norm,
+        "xla_relative": np.linalg.norm(same - want) / norm,
+        "worst": float(np.abs(got - want).max()),
+        "finite": bool(np.isfinite(got).all()),
+        "repeatable": bool((got == repeat).all()),
+    }
+    # INT8 cannot place logits of 1e4 within one unit: only finiteness and agreement with XLA are claimed there.
+    loose = quantized and check.data == "logits 1e4"
+    close = row["relative"] <= BOUNDS[check.kind] and row["from_xla"] <= FROM_XLA[check.kind]
+    row["ok"] = row["finite"] and row["repeatable"] and (loose or close)
+    return row
+
+
+def timed(f: Callable, *args, repeats: int = 10) -> float:
+    """Milliseconds of one call, from `repeats` calls queued one behind the other."""
+    run = jax.jit(f)
+    jax.block_until_ready(run(*args))
+    best = np.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = run(*args)
+        jax.block_until_ready(out)
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return best * 1e3
+
+
+def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Callable[[], float]]:
+    """Name -> a function that returns milliseconds. "kernel" is the kernel alone, on operands made before."""
+    from pallas_kernels import _hopper_sage as hopper
+    from pallas_kernels.sparse_linear_attention import linear_attention, sparse_linear_attention
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, length, heads, dim), jnp.bfloat16) for key in keys)
+    scale = default_scale(dim)
+    w, b = jnp.zeros((dim, dim), jnp.bfloat16), jnp.zeros(dim, jnp.bfloat16)
+
+    def index(blocks):
+        return sla_block_map(q, k, topk=topk, block_q=blocks[0], block_k=blocks[1])
+
+    def operands(blocks, i):
+        make = functools.partial(hopper.sage_operands, scale=scale, block_q=blocks[0], block_k=blocks[1], smooth_k=True)
+        return jax.jit(make)(q, k, v, i)
+
+    def kernel(blocks, dense):
+        args = operands(blocks, None if dense else index(blocks))
+        shared = dense or blocks[0] == hopper.TILE_Q
+        stages = hopper.ring_stages(dim, blocks[1], 1 if shared else hopper.WARPGROUPS)
+        config = hopper.SageConfig(block_k=blocks[1], stages=stages, shared=shared)
+        run = functools.partial(
+            hopper.hopper_sage, shape=q.shape, lk=length, dtype=q.dtype, config=config, interpret=False
+        )
+        return timed(lambda *a: run(*a)[0], *args)
+
+    def sla(blocks, quantized):
+        op = functools.partial(
+            sparse_linear_attention,
+            topk=topk,
+            block_q=blocks[0],
+            block_k=blocks[1],
+            quantized=quantized,
+        )
+        return timed(op, q, k, v, w, b)
+
+    cases: dict[str, Callable[[], float]] = {
+        "cudnn bf16": lambda: timed(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v),
+        "sage": lambda: timed(sage_attention, q, k, v),
+        "sage kernel": lambda: kernel((64, 128), True),
+        "quantize": lambda: timed(
+            lambda q, k, v: hopper.sage_operands(q, k, v, None, scale=scale, block_q=64, block_k=128, smooth_k=True)[
+                :6
+            ],
+            q,
+            k,
+            v,
+        ),
+        "linear branch": lambda: timed(functools.partial(linear_attention, feature_map="softmax"), q, k, v),
+    }
+    for blocks in BLOCKS:
+        size = f"{blocks[0]}x{blocks[1]}"
+        cases[f"routing {size}"] = lambda blocks=blocks: timed(
+            functools.partial(sla_block_map, topk=topk, block_q=blocks[0], block_k=blocks[1]), q, k
+        )
+        cases[f"sagesla {size}"] = lambda blocks=blocks: sla(blocks, True)
+        cases[f"sagesla kernel {size}"] = lambda blocks=blocks: kernel(blocks, False)
+    return cases
+
+
+def _names(options) -> list[str]:
+    if options.bench:
+        names = list(bench_cases_names())
+    else:
+        names = [check.name for check in checks()]
+    return [name for name in names if options.only in name]
+
+
+def bench_cases_names() -> list[str]:
+    names = ["cudnn bf16", "sage", "sage kernel", "quantize", "linear branch"]
+    for block_q, block_k in BLOCKS:
+        size = f"{block_q}x{block_k}"
+        names += [f"routing {size}", f"sagesla {size}", f"sagesla kernel {size}"]
+    return names
+
+
+def _child(options) -> None:
+    """Runs the named cases from `--start` on, writing one line for each as it ends."""
+    names = _names(options)
+    by_name = {check.name: check for check in checks()}
+    bench = bench_cases(options.length, options.heads, options.dim, options.topk) if options.bench else {}
+    with options.child.open("a") as out:
+        for name in names[options.start :]:
+            start = time.perf_counter()
+            try:
+                if options.bench:
+                    ms = bench[name]()
+                    flops = 4.0 * options.length**2 * options.dim * options.heads
+                    # Sparse ones count the work of dense attention, as SLA's own benchmark does.
+                    rate = {} if name.startswith(PARTS) else {"dense_tflops": flops / ms / 1e9}
+                    row = {"ms": ms, "ok": True} | rate
+                else:
+                    row = run_check(by_name[name])
+            except Exception as error:
+                row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:600]}
+            row = {"name": name, "seconds": time.perf_counter() - start} | row
+            out.write(json.dumps(row, default=float) + "\n")
+            out.flush()
+
+
+def _supervise(options) -> list[dict]:
+    names = _names(options)
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "rows.jsonl"
+        lines.touch()
+        shown = 0
+        while len(rows) < len(names):
+            command = [sys.executable, "-m", "pallas_kernels.hardware_check", *options.forward]
+            command += ["--child", str(lines), "--start", str(len(rows))]
+            child = subprocess.Popen(command)
+            deadline = time.monotonic() + CASE_SECONDS
+            while child.poll() is None:
+                time.sleep(0.2)
+                done = lines.read_text().splitlines()
+                if len(done) > shown:
+                    for line in done[shown:]:
+                        _print(json.loads(line))
+                    shown, deadline = len(done), time.monotonic() + CASE_SECONDS
+                elif time.monotonic() > deadline:
+                    child.kill()
+            done = lines.read_text().splitlines()
+            for line in done[shown:]:
+                _print(json.loads(line))
+            if len(done) < len(names):  # the next case took the process with it, or hung
+                row = {"name": names[len(done)], "ok": False, "error": f"process ended with {child.returncode}"}
+                _print(row)
+                with lines.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+            rows = [json.loads(line) for line in lines.read_text().splitlines()]
+            shown = len(rows)
+    return rows
+
+
+def _print(row: dict) -> None:
+    status = "ok  " if row["ok"] else "FAIL"
+    fields = {key: value for key, value in row.items() if key not in ("name", "ok")}
+    text = "  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+    print(f"{status} {row['name']:55s} {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.hardware_check", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--bench", action="store_true", help="times instead of accuracy")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--length", type=int, default=32_760)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--topk", type=float, default=0.1)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        _child(options)
+        return 0
+    options.forward = [a for a in argv if a != "--json" and (options.json is None or a != str(options.json))]
+    rows = _supervise(options)
+    if options.json:
+        device = jax.devices()[0].device_kind  # after the children: a process holds most of the GPU's memory
+        options.json.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=1))
+    failed = [row["name"] for row in rows if not row["ok"]]
+    print(f"{len(rows) - len(failed)} of {len(rows)} passed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
