@@ -65,7 +65,8 @@ TARGETS = {
 class Case:
     """One program to compile: `fn(*args)`, args being shapes (`jax.ShapeDtypeStruct`) or arrays.
 
-    targets: names of the GPUs that it is meant for. kernels: how many Mosaic GPU kernels it must hold.
+    targets: names of the GPUs that it is meant for. kernels: how many Mosaic GPU kernels it must hold
+    at least (a ragged end may need a second).
     """
 
     name: str
@@ -142,8 +143,8 @@ def _run_case(case: Case, target: Target, dumps: Path) -> Report:
     kernels = tuple(_read_dump(path) for path in sorted(set(dumps.iterdir()) - before) if path.suffix == ".ptxas")
     error = None
     limit = int(target.figure("shared_memory_per_block_optin"))
-    if len(kernels) != case.kernels:
-        error = f"{len(kernels)} kernels instead of {case.kernels}"
+    if len(kernels) < case.kernels:
+        error = f"{len(kernels)} kernels instead of at least {case.kernels}"
     for kernel in kernels:
         if kernel.smem_bytes > limit:
             error = f"{kernel.kernel} wants {kernel.smem_bytes} bytes of shared memory; {target.name} has {limit}"

@@ -41,7 +41,7 @@ def _products():
                 args = [Shape((tokens, k), jnp.int8), Shape((n, k), jnp.int8), *scales, Shape((n,), jnp.bfloat16)]
                 if not up:
                     args += [Shape((tokens, n), jnp.bfloat16), Shape((n,), jnp.float32)]
-                yield Case(f"int8_linear_{granularity}_{size}_{k}_{n}", partial(_product, gelu=up), args, ("h100",))
+                yield Case(f"int8_linear_{granularity}_{size}_{k}_{n}", partial(_product, gelu=up), args)
 
 
 def _quantisers():

@@ -9,6 +9,7 @@ one that fails is reported and the others run. Expect every error under its boun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -22,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import gpu_arch
+from pallas_kernels.dispatch import compiling_for, gpu_arch
 from pallas_kernels.int8_gemm_hopper import HopperTiles, hopper_gemm
+from pallas_kernels.int8_gemm_portable import PortableTiles, portable_gemm
 from pallas_kernels.int8_linear import int8_linear
 from pallas_kernels.norm_modulate_quantize import norm_modulate_quantize
 from pallas_kernels.quantize import quantize_blockwise, quantize_per_channel, quantize_per_token
@@ -102,6 +104,8 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             for shape in ((32760, 1536, 1536), (77, 256, 192), (1, 128, 64), (4096, 13824, 5120)):
                 yield f"{name} {shape}", partial(check_product, *shape, blocks, activation, residual)
         yield f"int8_linear {kind} float32", partial(check_product, 300, 384, 192, blocks, None, True, jnp.float32)
+        for machine in ("cluster", "tma", "cp.async"):
+            yield f"int8 product forced {machine} {kind}", partial(check_forced, 1000, 1536, 512, blocks, machine)
     for shape in ((32760, 1536), (32760, 8960), (300, 13824), (5, 128), (1, 640)):
         yield f"quantize rows {shape}", partial(check_quantiser, *shape, tiles=False)
         if shape[0] >= 128:
@@ -112,6 +116,26 @@ def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         yield f"norm tiles {shape}", partial(check_norm, *shape, granularity="block")
     for shape in ((1, 32760, 12), (1, 75600, 40), (2, 13, 4)):
         yield f"rope {shape}", partial(check_rope, *shape)
+
+
+def check_forced(m, k, n, blocks, machine) -> dict[str, Any]:
+    """Products that this GPU's `int8_linear` would not take: clusters, and the portable kernel with either copy."""
+    _, q, x_scale, weight_q, weight_scale, bias = random_product(m, k, n, blocks)
+    residual, gate = random_rows(m, n), jax.random.normal(jax.random.key(1), (n,))
+    arguments = q, weight_q, x_scale, weight_scale, bias
+    options = {"activation": "gelu_tanh", "dtype": jnp.dtype(jnp.bfloat16), "interpret": False}
+    if machine == "cluster":
+        kernel = partial(hopper_gemm, tiles=HopperTiles(128 if blocks else 256, cluster=2), **options)
+    else:
+        tiles = PortableTiles(64 if blocks else 128)
+        kernel = partial(portable_gemm, tiles=tiles, cp_async=machine == "cp.async", **options)
+    with compiling_for((8, 9)) if machine == "cp.async" else contextlib.nullcontext():
+        y = np.asarray(jax.jit(kernel)(*arguments, residual, gate).astype(jnp.float32))
+    rows = np.unique(np.r_[0, m - 1, np.random.default_rng(0).integers(0, m, 200)])
+    expected = exact_rows(q, x_scale, weight_q, weight_scale, bias, "gelu_tanh", rows)
+    expected = np.asarray(residual.astype(jnp.float32))[rows] + np.asarray(gate, np.float64) * expected
+    error = float(np.linalg.norm(y[rows] - expected) / np.linalg.norm(expected))
+    return {"relative_error": error, "ok": error <= 4e-3 and bool(np.isfinite(y).all())}
 
 
 def check_quantiser(rows: int, width: int, tiles: bool) -> dict[str, Any]:
@@ -210,6 +234,10 @@ def bench_product(m, k, n) -> dict[str, Any]:
             *(block_q, block_weight, block_weight_scale, bias, block_scale),
         ),
     }
+    portable = partial(portable_gemm, activation=None, dtype=jnp.dtype(jnp.bfloat16), cp_async=False, interpret=False)
+    variants["portable_channels"] = lambda: seconds(
+        partial(portable, tiles=PortableTiles()), q, weight_q, x_scale, weight_scale, bias, None, None
+    )
     return _time_all(variants, operations)
 
 

@@ -19,7 +19,6 @@ All but the first (bytes: 0.05 ms) are bound by wgmma; bf16 takes at least twice
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import core_count
+from pallas_kernels.int8_epilogue import epilogue
 from pallas_kernels.rounding import BLOCK
 
 WARPGROUPS = 2
@@ -48,10 +48,23 @@ class HopperTiles:
     group: int = 8
 
 
+def supports_hopper(n: int, k: int, dtype: jnp.dtype) -> str | None:
+    """Why this kernel cannot run a product of this shape, or None if it can."""
+    columns = BLOCK // jnp.dtype(dtype).itemsize
+    if k % BLOCK:
+        return f"K = {k} is not a multiple of {BLOCK} (a tile in shared memory)"
+    if n % columns:
+        return f"N = {n} is not a multiple of {columns} (128 bytes of {jnp.dtype(dtype).name})"
+    return None
+
+
 def hopper_gemm(
     x, weight, x_scale, weight_scale, bias, residual, gate, *, activation, dtype, tiles: HopperTiles, interpret
 ):
     """[M, K] int8 and [N, K] int8 to [M, N] dtype. x_scale [M] and weight_scale [N], or both in 128x128 blocks."""
+    rows = x.shape[0]
+    # Tiles in memory are 8 rows high. Every Wan shape is a multiple; others pay for a copy.
+    x, residual = (None if a is None else jnp.pad(a, ((0, -rows % 8), (0, 0))) for a in (x, residual))
     (m, k), n = x.shape, weight.shape[0]
     blocks = weight_scale.ndim == 2
     tile_n, stages, cluster = tiles.tile_n, tiles.stages, 1 if interpret else tiles.cluster
@@ -175,15 +188,22 @@ def hopper_gemm(
                     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
                     if residual is not None:
                         plgpu.copy_gmem_to_smem(ref["residual"].at[out_rows, columns], stage, ref["arrived"].at[slot])
-                    y = total[:, part * epilogue_n : (part + 1) * epilogue_n].astype(jnp.float32)
-                    if not blocks:
-                        y = y * _across(row_scale, y, 0) * _across(_load(ref["weight_scale"].at[columns], 0), y, 1)
-                    y = _epilogue(y, ref, columns, blocks, activation, dtype)
-                    if residual is not None:
+
+                    def earlier(stage=stage, slot=slot):
                         plgpu.barrier_wait(ref["arrived"].at[slot])
-                        if gate is not None:
-                            y = y * _across(_load(ref["gate"].at[columns], 0), y, 1)
-                        y = plgpu.load(stage, layout=plgpu.Layout.WGMMA).astype(jnp.float32) + y
+                        return plgpu.load(stage, layout=plgpu.Layout.WGMMA)
+
+                    y = epilogue(
+                        total[:, part * epilogue_n : (part + 1) * epilogue_n],
+                        row_scale=row_scale,
+                        column_scale=None if blocks else _load(ref["weight_scale"].at[columns], 0),
+                        bias=_load(ref["bias"].at[columns], 0) if bias is not None else None,
+                        gate=_load(ref["gate"].at[columns], 0) if gate is not None else None,
+                        residual=earlier if residual is not None else None,
+                        activation=activation,
+                        dtype=dtype,
+                        layout=plgpu.Layout.WGMMA,
+                    )
                     stage[...] = y.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(stage, ref["out"].at[out_rows, columns])
@@ -216,23 +236,7 @@ def hopper_gemm(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(*operands.values())
-
-
-def _epilogue(y, ref, columns, blocks, activation, dtype):
-    """Bias and activation; tiles round where the reference rounds: after the sum and after the bias."""
-    if blocks:
-        y = y.astype(dtype).astype(jnp.float32)
-    if "bias" in ref:
-        y = y + _across(_load(ref["bias"].at[columns], 0), y, 1)
-    if blocks:
-        y = y.astype(dtype).astype(jnp.float32)
-    return gelu_tanh(y) if activation else y
-
-
-def gelu_tanh(y):
-    """tanh.approx errs by 2^-11, so this by at most 2^-12 |y|: an eighth of rounding y to bf16."""
-    return 0.5 * y * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)))
+    )(*operands.values())[:rows]
 
 
 def _local_tiles(tiles: int):
@@ -244,10 +248,6 @@ def _local_tiles(tiles: int):
 def _load(ref, axis):
     """A vector from global memory in the layout of a [64, n] accumulator without its other axis."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
-
-
-def _across(vector, like, axis):
-    return lax.broadcast_in_dim(vector, like.shape, [axis])
 
 
 def _pad(vector, length):

@@ -20,10 +20,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, Num
 
 from pallas_kernels.dispatch import dispatch, gpu_arch
-from pallas_kernels.int8_gemm_hopper import HopperTiles, hopper_gemm
+from pallas_kernels.int8_gemm_hopper import HopperTiles, hopper_gemm, supports_hopper
+from pallas_kernels.int8_gemm_portable import PortableTiles, portable_gemm, supports_portable
 from pallas_kernels.quantize import quantize_blockwise, quantize_per_token
 from pallas_kernels.rounding import BLOCK, rounded
+from pallas_kernels.tuning import tiles
 
+HOPPER = (9, 0)
 Activation = Literal["gelu_tanh"] | None
 # |q| <= 128 on both sides: past this many terms an INT32 sum could wrap.
 MAX_K = 2**31 // (128 * 128) - 1
@@ -95,16 +98,11 @@ def int8_linear(
 
 def supports(m: int, n: int, k: int, dtype: jnp.dtype) -> str | None:
     """Why the kernels cannot run a product of this shape, or None if they can."""
-    columns = BLOCK // jnp.dtype(dtype).itemsize
-    if k % BLOCK:
-        return f"K = {k} is not a multiple of {BLOCK} (a tile in shared memory)"
-    if n % columns:
-        return f"N = {n} is not a multiple of {columns} (128 bytes of {jnp.dtype(dtype).name})"
     if m == 0:
         return "there are no rows"
-    if gpu_arch() != (9, 0):
-        return f"there is no kernel for compute capability {gpu_arch()} yet"
-    return None
+    if gpu_arch() < (8, 0):
+        return f"compute capability {gpu_arch()} has no INT8 mma"
+    return (supports_hopper if gpu_arch() == HOPPER else supports_portable)(n, k, dtype)
 
 
 def add_gated(residual: Array, gate: Array | None, y: Array, dtype: jnp.dtype) -> Array:
@@ -119,13 +117,20 @@ def _activate(y: Array, activation: Activation) -> Array:
     return y if activation is None else jax.nn.gelu(y, approximate=True)
 
 
-def _kernel(x, weight_q, x_scale, weight_scale, bias, residual, gate, *, activation, dtype, interpret):
-    m = x.shape[0]
-    # Tiles in memory are 8 rows high. Every Wan shape is a multiple; others pay for a copy.
-    x, residual = (None if a is None else jnp.pad(a, ((0, -m % 8), (0, 0))) for a in (x, residual))
+def _kernel(x, weight_q, x_scale, weight_scale, bias, residual, gate, **options):
     operands = x, weight_q, x_scale, weight_scale.astype(jnp.float32), bias, residual, gate
-    tiles = HopperTiles(tile_n=128 if weight_scale.ndim == 2 else 256)
-    return hopper_gemm(*operands, activation=activation, dtype=dtype, tiles=tiles, interpret=interpret)[:m]
+    facts = {
+        "m": x.shape[0],
+        "n": weight_q.shape[0],
+        "k": x.shape[1],
+        "granularity": "blocks" if weight_scale.ndim == 2 else "channels",
+        "dtype": jnp.dtype(options["dtype"]).name,
+    }
+    if gpu_arch() == HOPPER:
+        return hopper_gemm(*operands, tiles=HopperTiles(**tiles("int8_gemm_hopper", **facts)), **options)
+    chosen = PortableTiles(**tiles("int8_gemm_portable", **facts))
+    cp_async = gpu_arch() < HOPPER and not options["interpret"]
+    return portable_gemm(*operands, tiles=chosen, cp_async=cp_async, **options)
 
 
 def _xla(x, weight_q, x_scale, weight_scale, bias, residual, gate, *, activation, dtype):

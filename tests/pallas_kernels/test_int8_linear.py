@@ -10,6 +10,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
 from pallas_kernels import int8_linear, quantize_blockwise, quantize_per_channel, quantize_per_token
+from pallas_kernels.int8_gemm_portable import PortableTiles, portable_gemm
 
 # One rounding to bf16 errs by at most half a unit in the last of 8 bits: 2^-8 of the value.
 BF16 = 2.0**-8
@@ -175,6 +176,24 @@ def test_largest_sum_does_not_overflow():
     k = 13824
     y = int8_linear(jnp.ones((1, k)), jnp.full((8, k), -128, jnp.int8), jnp.ones(8), implementation="xla")
     np.testing.assert_allclose(y, -128.0 * k, rtol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["block", "token"])
+@pytest.mark.parametrize("m", [40, 200])
+def test_portable_kernel_in_the_interpreter(m, granularity):
+    """The kernel of sm_80, sm_89 and sm_120, its mma.sync replaced by XLA's product: whole tiles and ragged ends."""
+    n, k, dtype = 128, 384, jnp.bfloat16
+    _, (q, q_scale), weight_q, weight_scale, bias = problem(m, n, k, granularity, dtype)
+    residual = jnp.asarray(np.random.default_rng(7).normal(size=(m, n)), dtype)
+    options = {"activation": "gelu_tanh", "dtype": jnp.dtype(dtype), "interpret": True, "cp_async": False}
+    tiles = PortableTiles(tile_n=64 if granularity == "block" else 128)
+    run = jax.jit(partial(portable_gemm, tiles=tiles, **options))
+    y = run(q, weight_q, q_scale, weight_scale, bias, residual, None)
+    assert not interpreter.get_races().races_found
+    product = exact(q, q_scale, weight_q, weight_scale, bias, "gelu_tanh")
+    expected = np.asarray(residual, np.float64) + product
+    slack = (4 if granularity == "block" else 1) * BF16 * (np.abs(expected) + np.abs(product) + 1)
+    assert np.all(np.abs(np.asarray(y, np.float64) - expected) <= slack)
 
 
 @pytest.mark.parametrize(("n", "k", "message"), [(64, 96, "K = 96"), (40, 128, "N = 40")])
