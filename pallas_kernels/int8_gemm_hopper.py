@@ -157,7 +157,7 @@ def hopper_gemm(
                     plgpu.barrier_arrive(ref["empty"].at[lax.rem(first + k_steps - 1, stages)])
                     return acc[...]
 
-                total = pl.run_scoped(accumulate, plgpu.ACC((ROWS, tile_n), jnp.int32))
+                total = _awaited(accumulate, (ROWS, tile_n))
                 row_scale = _load(ref["x_scale"].at[pl.ds(row + warpgroup * ROWS, ROWS)], 1)
                 return total, row_scale
 
@@ -171,7 +171,7 @@ def hopper_gemm(
                         plgpu.wgmma(part, *operands_of(slot))
                         return part[...]
 
-                    part = pl.run_scoped(dot, plgpu.ACC((ROWS, tile_n), jnp.int32))
+                    part = _awaited(dot, (ROWS, tile_n))
                     plgpu.barrier_arrive(ref["empty"].at[slot])
                     return acc + part.astype(jnp.float32) * scale
 
@@ -237,6 +237,12 @@ def hopper_gemm(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(*operands.values())[:rows]
+
+
+def _awaited(multiply, shape):
+    """The INT32 sums of multiply(accumulator). Reading them waits for the tensor cores, but nothing ties the registers
+    to that wait: without the barrier LLVM may move arithmetic on them in front of it."""
+    return lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.int32)))
 
 
 def _local_tiles(tiles: int):
