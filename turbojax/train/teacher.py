@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +15,22 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from turbojax.checkpoint import save_component
 from turbojax.config import PRESETS, DiTConfig
 from turbojax.models.dit import WanDiT
 from turbojax.models.umt5 import UMT5Encoder
+from turbojax.samplers import flow
 from turbojax.tokenizer import Tokenizer
-from turbojax.train import data
+from turbojax.train import data, loop
+from turbojax.train import evaluate as evaluation
+from turbojax.train.encoded import encode_scenes
 from turbojax.train.flow import sample_noise_levels, velocity_errors
 from turbojax.train.optimizer import OptimizerConfig, make_optimizer
+from turbojax.train.pca import PCALatents
+from turbojax.video import contact_sheet
+
+TEXT_ENCODER = PRESETS["tiny"].text_encoder
+SHIPPED_TOKENIZER = Path(__file__).parent.parent / "tiny" / "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,10 @@ class Teacher:
         start: PyTree | None = None,
     ):
         self.config, self.latents, self.combinations = config, latents, combinations
-        self.captions = Captions(tokenizer)
+        self.tokenizer, self.captions = tokenizer, Captions(tokenizer)
         self.start = start
         dit = WanDiT(config.dit, rngs=nnx.Rngs(config.seed), dtype=jnp.bfloat16)
-        text = UMT5Encoder(PRESETS["tiny"].text_encoder, rngs=nnx.Rngs(config.seed + 1), dtype=jnp.float32)
+        text = UMT5Encoder(TEXT_ENCODER, rngs=nnx.Rngs(config.seed + 1), dtype=jnp.float32)
         (self.dit, dit_state), (self.text, text_state) = nnx.split(dit), nnx.split(text)
         self._params = {"dit": nnx.to_pure_dict(dit_state), "text": nnx.to_pure_dict(text_state)}
         self.optimizer = make_optimizer(config.optimizer, config.steps)
@@ -95,12 +106,12 @@ class Teacher:
         return TeacherState(params, jax.tree.map(jnp.copy, params), self.optimizer.init(params))
 
     def context(self, params: PyTree, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return nnx.merge(self.text, _state(self.text, params["text"]))(ids, mask)
+        return nnx.merge(self.text, params["text"])(ids, mask)
 
     def velocity(
         self, params: PyTree, latents: Float[Array, "B t h w C"], timestep: Float[Array, "B"], context: Array
     ) -> Float[Array, "B t h w C"]:
-        return nnx.merge(self.dit, _state(self.dit, params["dit"]))(latents, timestep, context)
+        return nnx.merge(self.dit, params["dit"])(latents, timestep, context)
 
     def losses(self, params: PyTree, batch: Batch, key: jax.Array) -> Float[Array, "B"]:
         level_key, noise_key = jax.random.split(key)
@@ -129,6 +140,59 @@ class Teacher:
         return Batch(self.latents[rows], self.captions.ids[texts], self.captions.mask[texts])
 
 
-def _state(graphdef: Any, params: PyTree) -> PyTree:
-    """A pure dict back as the state that `nnx.merge` takes."""
-    return nnx.State(params)
+class Sampler:
+    """Clips from the averaged weights, drawn through the PCA codec: what the sample sheets show while training."""
+
+    def __init__(self, stage: Teacher, pca: PCALatents, folder: Path, steps: int = 20, guidance: float = 3.0):
+        self.stage, self.pca, self.folder = stage, pca, folder
+        self.wanted = evaluation.pairs(8, seed=1)
+        prompts = [evaluation.prompt_of(combination) for combination, _ in self.wanted]
+        self.ids, self.mask = stage.tokenizer([*prompts, *[""] * len(prompts)])
+        shape = stage.latents.shape[1:]
+        noise = [np.random.default_rng(seed).standard_normal(shape, np.float32) for _, seed in self.wanted]
+        self.noise = np.stack(noise)
+
+        @jax.jit
+        def clips(params: PyTree) -> Float[Array, "B T H W 3"]:
+            context = stage.context(params, self.ids, self.mask)
+
+            def velocity(x: Array, s: Array) -> Array:
+                return stage.velocity(params, x, jnp.full(len(x), 1000.0 * s), context)
+
+            guide = flow.guided(velocity, guidance)
+            return pca.decode(flow.unipc(guide, self.noise, num_steps=steps, shift=stage.config.shift))
+
+        self._clips = clips
+
+    def __call__(self, state: TeacherState, step: int) -> Mapping[str, Any]:
+        videos = data.to_uint8(np.asarray(self._clips(state.ema)))
+        scores = [
+            evaluation.score(v, combination, seed) for v, (combination, seed) in zip(videos, self.wanted, strict=True)
+        ]
+        imageio.imwrite(self.folder / "sheet.png", contact_sheet(list(videos)))
+        return evaluation.summarise(scores)
+
+
+def train_teacher(
+    config: TeacherConfig, out: Path, pca_file: Path, tokenizer_folder: Path | None = None
+) -> tuple[Teacher, TeacherState]:
+    """Train, or resume, into `out`: state.safetensors, metrics.jsonl, sheet.png; returns the stage and its end."""
+    pca = PCALatents.load(pca_file)
+    scenes = data.clips(config.seed + 1000, config.clips)
+    cache = out / f"latents-{config.seed}-{config.clips}.npy"
+    latents = encode_scenes(scenes, pca, cache)
+    combinations = [(s.colour, s.shape, s.motion) for s in scenes]
+    tokenizer = Tokenizer.load(tokenizer_folder or SHIPPED_TOKENIZER, PRESETS["tiny"].text_len)
+    stage = Teacher(config, latents, combinations, tokenizer)
+    settings = loop.LoopConfig(steps=config.steps, out=str(out), seed=config.seed)
+    return stage, loop.run(stage, settings, Sampler(stage, pca, out))
+
+
+def export(stage: Teacher, state: TeacherState, out: Path) -> None:
+    """Write the averaged weights as components: `out`/dit (bfloat16 but for what stays float32), `out`/text_encoder."""
+    parts = (("dit", "dit", WanDiT, stage.config.dit), ("text_encoder", "text", UMT5Encoder, TEXT_ENCODER))
+    for folder, name, module, config in parts:
+        abstract = nnx.eval_shape(lambda module=module, config=config: module(config, rngs=nnx.Rngs(0)))
+        like = nnx.to_pure_dict(nnx.state(abstract))
+        params = jax.tree.map(lambda x, shape: x.astype(shape.dtype), state.ema[name], like)
+        save_component(out / folder, (config, params), format="safetensors", overwrite=True)
