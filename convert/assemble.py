@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ml_dtypes
@@ -22,10 +22,6 @@ from turbojax.config import DiTConfig
 _INT8_SUFFIX = ".int8_weight"
 # Kept as they are; float8 and float64 become their neighbours, exactly and to float32's precision.
 _FLOATS = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
-# Tied to another tensor, and stored twice by some writers.
-_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-# Parts of a larger model that the pipeline has no use for.
-_UNUSED: Mapping[str, tuple[str, ...]] = {"umt5": ("decoder.", "lm_head.")}
 
 
 def read_component(
@@ -59,9 +55,6 @@ def assemble(found: Recognised) -> Component:
     layout = dict.fromkeys(quantized, "block")
     wanted = abstract_leaves(found.config, quantized=layout)
     tensors = dict(found.tensors)
-    for alias, name in _TIED.items():
-        _drop_tied(found, tensors, alias, name)
-    ignored = _UNUSED.get(found.kind, ())
     patch = found.config.patch_size if isinstance(found.config, DiTConfig) else ()
     rows: dict[str, list[tuple[Entry, StoredTensor]]] = defaultdict(list)
     troubles: list[str] = []
@@ -78,7 +71,7 @@ def assemble(found: Recognised) -> Component:
         elif (trouble := _dtype_trouble(entry, tensor)) is not None:
             troubles.append(trouble)
         rows[entry.target].append((entry, tensor))
-    troubles += [f"{name} is unknown" for name in tensors if not name.startswith(ignored or ("\0",))]
+    troubles += [f"{name} is unknown" for name in tensors]
     if troubles:
         more = f"; and {len(troubles) - 8} more" if len(troubles) > 8 else ""
         raise CheckpointError(
@@ -107,25 +100,6 @@ def _quantized(found: Recognised) -> list[str]:
     names = {row.wan.replace("{i}", "0"): row.ours for row in modules(found.config) if row.kind == "linear"}
     first = (n.removesuffix(_INT8_SUFFIX) for n in found.tensors if n.endswith(_INT8_SUFFIX))
     return sorted({names[n] for n in first if n in names}) if found.naming == "wan" else []
-
-
-def _drop_tied(found: Recognised, tensors: dict[str, StoredTensor], alias: str, name: str) -> None:
-    if alias not in tensors:
-        return
-    if name not in tensors:
-        tensors[name] = tensors[alias]
-    elif not _same(tensors[name], tensors[alias]):
-        raise CheckpointError(f"{found.source.path}: {alias} and {name} should be one tensor, but differ")
-    del tensors[alias]
-
-
-def _same(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if (a.file, a.offset, a.strides) == (b.file, b.offset, b.strides):
-        return True
-    pairs = zip(Leaf.of_stored(a).chunks(), Leaf.of_stored(b).chunks(), strict=True)
-    return all(x.tobytes() == y.tobytes() for (_, x), (_, y) in pairs)
 
 
 def _dtype_trouble(entry: Entry, tensor: StoredTensor) -> str | None:

@@ -14,7 +14,7 @@ from convert.errors import CheckpointError
 from convert.infer import infer_config
 from convert.source import Source
 from convert.tables import Naming
-from convert.tensors import StoredTensor
+from convert.tensors import Leaf, StoredTensor
 from turbojax.config import PRESETS, ComponentConfig, ComponentKind
 
 
@@ -46,6 +46,11 @@ _TRAINER_STATE = {
     "optimizer", "optimizers", "optimizer_states", "optim", "scheduler", "lr_scheduler", "lr_schedulers",
     "grad_scaler", "scaler", "callbacks", "loops", "trainer", "rng", "rng_state",
 }  # fmt: skip
+
+# Parts of a larger model, of which only the rest is wanted.
+_UNUSED: Mapping[str, tuple[str, ...]] = {"umt5": ("decoder.", "lm_head.")}
+# Tied to another tensor, and stored beside it by some writers.
+_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 
 # Recognised, and refused in one line. First match wins.
 _UNSUPPORTED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -129,8 +134,32 @@ def recognise(source: Source, *, model: str | None = None, prefix: str | None = 
         for name in [n for n in tensors if n.split(".")[0] in _TRAINER_STATE]:
             del tensors[name]
             ignored.setdefault("the trainer's own state", []).append(names[name])
+    for name in [n for n in tensors if n.startswith(_UNUSED.get(scheme.kind, ("\0",)))]:
+        del tensors[name]
+        ignored.setdefault("parts that turbojax has no use for", []).append(names[chosen + name])
+    for alias, name in _TIED.items():
+        if alias in tensors:
+            _untie(source, tensors, alias, name)
+            ignored.setdefault(f"tied to {name}", []).append(names[chosen + alias])
     config = infer_config(scheme.kind, scheme.naming, tensors, source, model)
     return Recognised(source, scheme.kind, scheme.naming, chosen, config, tensors, ignored)
+
+
+def _untie(source: Source, tensors: dict[str, StoredTensor], alias: str, name: str) -> None:
+    """Leave one of two names for a tensor. Raises CheckpointError when they are two tensors."""
+    tied = tensors.pop(alias)
+    kept = tensors.setdefault(name, tied)
+    if kept is not tied and not _same(kept, tied):
+        raise CheckpointError(f"{source.path}: {alias} and {name} should be one tensor, but differ")
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if (a.file, a.offset, a.strides) == (b.file, b.offset, b.strides):
+        return True
+    pairs = zip(Leaf.of_stored(a).chunks(), Leaf.of_stored(b).chunks(), strict=True)
+    return all(x.tobytes() == y.tobytes() for (_, x), (_, y) in pairs)
 
 
 def _unwrapped(source: Source) -> dict[str, str]:

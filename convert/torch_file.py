@@ -32,12 +32,14 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
     if start[:2] != b"PK":
         raise CheckpointError(f"{path}: no torch file: neither a zip archive nor a pickle")
     records = zip_records(file)
+    if any(name.split("/")[1:2] == ["code"] for name in records):
+        raise CheckpointError(f"{path}: a TorchScript program; save its state dict instead: module.state_dict()")
+    if packed := next((name for name, record in records.items() if not record.plain), None):
+        raise CheckpointError(f"{path}: {packed!r} is compressed, as torch.save never does; unzip it and save it again")
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError(f"{path}: a zip archive without one data.pkl: not written by torch.save")
     archive = pickles[0].removesuffix("data.pkl")
-    if any(name.startswith(f"{archive}code/") for name in records):
-        raise CheckpointError(f"{path}: a TorchScript program; save its state dict instead: module.state_dict()")
     big_endian = _text(file, records.get(f"{archive}byteorder")) == "big"
     record = records[pickles[0]]
     tree = read_state_pickle(file.map[record.offset : record.offset + record.size], path)

@@ -20,14 +20,15 @@ MAX_DIRECTORY = 64 << 20
 
 
 class Record(NamedTuple):
-    """Bytes [offset, offset + size) of the archive."""
+    """Bytes [offset, offset + size) of the archive; plain: as they were, neither compressed nor encrypted."""
 
     offset: int
     size: int
+    plain: bool
 
 
 def zip_records(file: MappedFile) -> dict[str, Record]:
-    """Every record by name. Raises CheckpointError for what is damaged, compressed, encrypted or overlapping."""
+    """Every record by name; nothing is ever decompressed. Raises CheckpointError for what is damaged or overlaps."""
 
     def fail(trouble: str) -> CheckpointError:
         return CheckpointError(f"{file.path}: damaged or unusual zip archive: {trouble}")
@@ -40,13 +41,10 @@ def zip_records(file: MappedFile) -> dict[str, Record]:
         entries = list(_entries(directory, count))
         records: dict[str, Record] = {}
         for name, flags, method, packed, plain, local in entries:
-            if flags & 1:
-                raise fail(f"{name!r} is encrypted")
-            if method != 0 or packed != plain:
-                raise fail(f"{name!r} is compressed; torch.save never compresses, so unzip it and save it again")
             if name in records:
                 raise fail(f"{name!r} occurs twice")
-            records[name] = _record(file, name, local, plain, limit=position)
+            offset = _data_offset(file, name, local, packed, limit=position)
+            records[name] = Record(offset, packed, plain=method == 0 and packed == plain and not flags & 1)
     except (struct.error, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -111,8 +109,8 @@ def _widened(extra: bytes, *narrow: int) -> list[int]:
     return values
 
 
-def _record(file: MappedFile, name: str, local: int, size: int, limit: int) -> Record:
-    """The bytes of a record: behind its local header, whose name and padding may differ from the directory's."""
+def _data_offset(file: MappedFile, name: str, local: int, size: int, limit: int) -> int:
+    """Where the bytes of a record start: behind its local header, whose padding is not the directory's."""
     if local + 30 > limit:
         raise ValueError(f"{name!r} starts at {local}, outside the file")
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.map[local : local + 30])
@@ -121,4 +119,4 @@ def _record(file: MappedFile, name: str, local: int, size: int, limit: int) -> R
     offset = local + 30 + name_length + extra_length
     if offset + size > limit:
         raise ValueError(f"{name!r} claims {size} bytes at {offset}, in a file of {file.size}")
-    return Record(offset, size)
+    return offset

@@ -54,7 +54,9 @@ def levels(shapes: dict[str, tuple[int, ...]], gain: float = 1.0) -> dict[str, t
             tiles = np.repeat(np.repeat(tiles, 32, 0), 32, 1)[: shape[0], :flat]
             value = (size * tiles * (2 * rng.randint(0, 2, (shape[0], flat)) - 1)).reshape(shape)
         else:
-            value = 0.125 * (rng.randint(0, 4, shape) - 1.5) + (("norm" in name and "weight" in name) or "gamma" in name)
+            value = 0.125 * (rng.randint(0, 4, shape) - 1.5) + (
+                ("norm" in name and "weight" in name) or "gamma" in name
+            )
         drawn[name] = torch.from_numpy(np.asarray(value, np.float32).copy())
     return drawn
 
@@ -345,7 +347,8 @@ def loras() -> None:
     model = diffusers_dit()
     weights = dict(model.named_parameters())
     for key, other in {
-        "blocks.0.norm3.diff": "blocks.0.norm2.weight", "blocks.1.self_attn.norm_q.diff": "blocks.1.attn1.norm_q.weight",
+        "blocks.0.norm3.diff": "blocks.0.norm2.weight",
+        "blocks.1.self_attn.norm_q.diff": "blocks.1.attn1.norm_q.weight",
         "head.head.diff": "proj_out.weight", "head.head.diff_b": "proj_out.bias",
         "patch_embedding.diff": "patch_embedding.weight",
     }.items():  # fmt: skip
@@ -353,11 +356,29 @@ def loras() -> None:
     OUTPUTS["lora_whole"] = run_diffusers(model)
 
 
+def big_endian(tensors: dict[str, torch.Tensor]) -> bytes:
+    """What torch would write on a big-endian machine: its bytes swapped by torch, its marker set."""
+    swapped = {}
+    for name, value in tensors.items():
+        storage = value.untyped_storage().clone()
+        storage.byteswap(value.dtype)
+        swapped[name] = torch.empty(0, dtype=value.dtype).set_(storage, 0, value.shape, value.stride())
+    order, sys.byteorder = sys.byteorder, "big"
+    try:
+        data = torch_bytes(swapped)
+    finally:
+        sys.byteorder = order
+    for name, value in torch.load(io.BytesIO(data)).items():
+        assert torch.equal(value, tensors[name]), name
+    return data
+
+
 def containers() -> None:
     """What a .pth can hold: dtypes, views, shared storages, nesting, parameters; and what torch wrote before 1.6."""
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {
-        "transposed": base.t(), "slice": base[1:3, ::2], "offset": base.flatten()[5:9], "expanded": torch.ones(2).expand(3, 2),
+        "transposed": base.t(), "slice": base[1:3, ::2], "offset": base.flatten()[5:9],
+        "expanded": torch.ones(2).expand(3, 2),
         "scalar": torch.tensor(3), "empty": torch.zeros(0, 4), "parameter": torch.nn.Parameter(torch.ones(2) * 5),
         "buffer": torch.nn.Buffer(torch.ones(2) * 6),
     }  # fmt: skip
@@ -376,11 +397,11 @@ def containers() -> None:
     module = torch_bytes(torch.nn.Linear(2, 2))
     files = {
         "all.pth": torch_bytes(tree),
+        "big.pth": big_endian({k: tensors[k] for k in ("float32", "bfloat16", "int64", "complex64", "transposed")}),
         "legacy.pth": legacy.getvalue(),
         "script.pt": script.getvalue(),
         "module.pth": module,
     }
-    torch.serialization.set_default_load_endianness(None)
     pack("containers", files)
     for name, value in tensors.items():
         OUTPUTS[f"container/{name}"] = value.detach().double().numpy() if name != "complex64" else value.numpy()
@@ -398,7 +419,8 @@ def tokenizer() -> None:
         user_defined_symbols=["<extra>"], normalization_rule_name="nmt_nfkc",
     )  # fmt: skip
     encoder = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    prompts = ["a red circle moving right", "Two cats, boxing!  On a stage.", "", "ｆｕｌｌ width ①", "日本語 and <extra> more",
+    prompts = ["a red circle moving right", "Two cats, boxing!  On a stage.", "", "ｆｕｌｌ width ①",
+               "日本語 and <extra> more",
                "  leading and trailing  ", "naïve café", "a\tb\nc", "🎬 film", "turbo-diffusion's 100x"]  # fmt: skip
     cases = [{"text": text, "ids": encoder.encode(text)} for text in prompts]
     pack("tokenizer", {"spiece.model": model.getvalue(), "cases.json": json.dumps(cases).encode()})
