@@ -88,7 +88,7 @@ def _two_colours(video: Float[np.ndarray, "T H W 3"]) -> tuple[Float[np.ndarray,
     background = np.median(video[:, edge].reshape(-1, 3), axis=0)
     distance = np.linalg.norm(video - background, axis=-1)
     # Half of the way to a robust maximum: the inside of the shape, without its soft edge.
-    inside = distance > 0.75 * np.quantile(distance, 0.98)
+    inside = distance >= 0.75 * np.quantile(distance, 0.98)
     return background, np.median(video[inside].reshape(-1, 3), axis=0)
 
 

@@ -1,0 +1,63 @@
+"""W8A8 replaces the blocks' linear layers, nothing else, and stays close to the float model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_modules import random_module
+
+from turbojax.config import DiTConfig
+from turbojax.quant import QuantizedLinear, block_linears, quantize_dit
+
+CONFIG = DiTConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=2, text_dim=32, linear_branch=True)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return random_module(CONFIG, jnp.float32)
+
+
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return (
+        jax.random.normal(keys[0], (2, 2, 4, 4, 16)),
+        jnp.array([300.0, 900.0]),
+        jax.random.normal(keys[1], (2, 6, 32)),
+    )
+
+
+def test_ten_linear_layers_a_block_and_not_the_linear_branch(dit):
+    assert len(block_linears(dit)) == 10
+    assert not any("proj_l" in path for path in block_linears(dit))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_output_stays_close_and_other_parameters_are_shared(dit, granularity):
+    quantized = quantize_dit(dit, granularity)
+    assert isinstance(quantized.blocks.ffn.up, QuantizedLinear)
+    assert quantized.blocks.ffn.up.weight_q.shape == (2, 256, 128)
+    assert quantized.head.kernel[...] is dit.head.kernel[...]
+    assert not block_linears(quantized)
+    exact, rounded = dit(*inputs()), quantized(*inputs())
+    # Eight bits leave about 1% a layer (a step is 1/127 of the largest); tiles share one step among 128 rows.
+    error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
+    assert 0.0 < float(error) < 0.06
+
+
+def test_the_float_model_is_left_alone(dit):
+    before = dit(*inputs())
+    quantize_dit(dit)
+    np.testing.assert_array_equal(dit(*inputs()), before)
+
+
+def test_a_float32_model_gives_float32_back(dit):
+    x = jnp.ones((1, 4, 128), jnp.float32)
+    layer = jax.tree.map(lambda a: a[0], nnx.split(quantize_dit(dit).blocks.ffn.up)[1])
+    single = nnx.merge(nnx.split(quantize_dit(dit).blocks.ffn.up)[0], layer)
+    assert single(x).dtype == jnp.float32
+
+
+def test_an_unknown_granularity_is_refused(dit):
+    with pytest.raises(ValueError, match="granularity"):
+        quantize_dit(dit, "row")
