@@ -2,8 +2,9 @@
 
     python -m pallas_kernels.hardware_check_linear --json OUT [--bench] [--sweep] [--only TEXT]
 
-Checks take about a minute, --bench three, --sweep (the tiles of the INT8 product) three more. Each case stands alone:
-one that fails is reported and the others run. Expect every error under its bound, and `int8_linear` ahead of bf16.
+Checks take about a minute, --bench a minute and a half, --sweep (the tiles of the INT8 product) half of one. Each
+case stands alone: one that fails is reported and the others run. Expect every error under its bound, and
+`int8_linear` ahead of bf16.
 """
 
 from __future__ import annotations
@@ -41,6 +42,17 @@ WAN = [
     (32760, 5120, 13824),
     (32760, 13824, 5120),
 ]
+# Two at a time against the first: cluster, width, order of the tiles.
+SWEPT = [
+    HopperTiles(256, 4, 1, 8),
+    HopperTiles(256, 4, 2, 8),
+    HopperTiles(256, 4, 1, 4),
+    HopperTiles(256, 4, 1, 16),
+    HopperTiles(256, 4, 2, 16),
+    HopperTiles(192, 4, 1, 8),
+    HopperTiles(192, 4, 2, 8),
+    HopperTiles(128, 6, 2, 8),
+]
 
 
 def random_product(m: int, k: int, n: int, blocks: bool, dtype=jnp.bfloat16, seed: int = 0) -> tuple:
@@ -70,51 +82,56 @@ def exact_rows(q, x_scale, weight_q, weight_scale, bias, activation, rows) -> np
     return y
 
 
-def check_product(m, k, n, blocks, activation, residual, dtype=jnp.bfloat16) -> dict[str, Any]:
+def check_product(m, k, n, blocks, activation=None, residual=False, dtype=jnp.bfloat16) -> dict[str, Any]:
     _, q, x_scale, weight_q, weight_scale, bias = random_product(m, k, n, blocks, dtype)
     extra = {}
     if residual:
         keys = jax.random.split(jax.random.key(9))
         extra = {"residual": jax.random.normal(keys[0], (m, n)).astype(dtype), "gate": jax.random.normal(keys[1], (n,))}
     run = jax.jit(partial(int8_linear, activation=activation, out_dtype=dtype, implementation="mosaic_gpu"))
-    y = np.asarray(run(q, weight_q, weight_scale, bias, x_scale=x_scale, **extra).astype(jnp.float32))
-    again = np.asarray(run(q, weight_q, weight_scale, bias, x_scale=x_scale, **extra).astype(jnp.float32))
-    rows = np.unique(np.r_[0, m - 1, np.random.default_rng(0).integers(0, m, 200)])
-    expected = exact_rows(q, x_scale, weight_q, weight_scale, bias, activation, rows)
-    if residual:
-        gate, base = np.asarray(extra["gate"], np.float64), np.asarray(extra["residual"].astype(jnp.float32))[rows]
-        expected = base + gate * expected
-    error = np.linalg.norm(y[rows] - expected) / np.linalg.norm(expected)
+    y, again = (run(q, weight_q, weight_scale, bias, x_scale=x_scale, **extra) for _ in range(2))
+    expected = partial(exact_rows, q, x_scale, weight_q, weight_scale, bias, activation)
     # One rounding of the result, two more where tiles round as the reference does; the approximate tanh is below.
     bound = (1 if dtype == jnp.bfloat16 else 2e-3) * (4e-3 if blocks else 2.5e-3)
-    return {
-        "relative_error": float(error),
-        "bound": bound,
-        "finite": bool(np.isfinite(y).all()),
-        "repeatable": bool((y == again).all()),
-        "ok": bool(error <= bound and np.isfinite(y).all() and (y == again).all()),
-    }
+    result = _against_rows(y, expected, bound, extra)
+    return result | {"repeatable": bool((y == again).all()), "ok": result["ok"] and bool((y == again).all())}
+
+
+def _against_rows(y, expected, bound, extra) -> dict[str, Any]:
+    """The relative error of some rows of y against `expected(rows)` in float64, gated and added as `extra` says."""
+    y = np.asarray(y.astype(jnp.float32))
+    rows = np.unique(np.r_[0, len(y) - 1, np.random.default_rng(0).integers(0, len(y), 100)])
+    reference = expected(rows)
+    if extra:
+        base = np.asarray(extra["residual"].astype(jnp.float32), np.float64)[rows]
+        reference = base + np.asarray(extra["gate"], np.float64) * reference
+    error = float(np.linalg.norm(y[rows] - reference) / np.linalg.norm(reference))
+    finite = bool(np.isfinite(y).all())
+    return {"relative_error": error, "bound": bound, "finite": finite, "ok": error <= bound and finite}
 
 
 def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    yield "int8_linear channels (32760, 1536, 1536)", partial(check_product, 32760, 1536, 1536, False)
+    yield "int8_linear blocks (4096, 13824, 512)", partial(check_product, 4096, 13824, 512, True, None, True)
     for blocks in (False, True):
         kind = "blocks" if blocks else "channels"
-        for activation, residual in ((None, False), ("gelu_tanh", False), (None, True)):
-            name = f"int8_linear {kind} {activation or ''} {'residual' if residual else ''}"
-            for shape in ((32760, 1536, 1536), (77, 256, 192), (1, 128, 64), (4096, 13824, 5120)):
-                yield f"{name} {shape}", partial(check_product, *shape, blocks, activation, residual)
+        yield f"int8_linear {kind} gelu", partial(check_product, 77, 256, 192, blocks, "gelu_tanh")
+        yield f"int8_linear {kind} residual", partial(check_product, 1000, 1536, 256, blocks, None, True)
         yield f"int8_linear {kind} float32", partial(check_product, 300, 384, 192, blocks, None, True, jnp.float32)
         for machine in ("cluster", "tma", "cp.async"):
             yield f"int8 product forced {machine} {kind}", partial(check_forced, 1000, 1536, 512, blocks, machine)
-    for shape in ((32760, 1536), (32760, 8960), (300, 13824), (5, 128), (1, 640)):
+    # One of these, in the first run, left its output unwritten: which dimension of a single tile does it?
+    for shape in ((1, 128, 64), (1, 256, 192), (128, 128, 128), (128, 256, 64), (128, 128, 192), (8, 256, 192)):
+        yield f"int8_linear one tile {shape}", partial(check_product, *shape, False)
+    for shape in ((32760, 1536), (300, 13824), (1, 640)):
         yield f"quantize rows {shape}", partial(check_quantiser, *shape, tiles=False)
         if shape[0] >= 128:
             yield f"quantize tiles {shape}", partial(check_quantiser, *shape, tiles=True)
-    for shape in ((1, 32760, 1536), (1, 32760, 5120), (2, 77, 640)):
+    for shape in ((1, 32760, 1536), (1, 300, 5120), (2, 77, 640)):
         yield f"norm rows {shape}", partial(check_norm, *shape, granularity="token")
     for shape in ((1, 32760, 1536), (1, 200, 5120)):
         yield f"norm tiles {shape}", partial(check_norm, *shape, granularity="block")
-    for shape in ((1, 32760, 12), (1, 75600, 40), (2, 13, 4)):
+    for shape in ((1, 32760, 12), (1, 500, 40), (2, 13, 4)):
         yield f"rope {shape}", partial(check_rope, *shape)
 
 
@@ -130,12 +147,9 @@ def check_forced(m, k, n, blocks, machine) -> dict[str, Any]:
         tiles = PortableTiles(64 if blocks else 128)
         kernel = partial(portable_gemm, tiles=tiles, cp_async=machine == "cp.async", **options)
     with compiling_for((8, 9)) if machine == "cp.async" else contextlib.nullcontext():
-        y = np.asarray(jax.jit(kernel)(*arguments, residual, gate).astype(jnp.float32))
-    rows = np.unique(np.r_[0, m - 1, np.random.default_rng(0).integers(0, m, 200)])
-    expected = exact_rows(q, x_scale, weight_q, weight_scale, bias, "gelu_tanh", rows)
-    expected = np.asarray(residual.astype(jnp.float32))[rows] + np.asarray(gate, np.float64) * expected
-    error = float(np.linalg.norm(y[rows] - expected) / np.linalg.norm(expected))
-    return {"relative_error": error, "ok": error <= 4e-3 and bool(np.isfinite(y).all())}
+        y = jax.jit(kernel)(*arguments, residual, gate)
+    expected = partial(exact_rows, q, x_scale, weight_q, weight_scale, bias, "gelu_tanh")
+    return _against_rows(y, expected, 4e-3, {"residual": residual, "gate": gate})
 
 
 def check_quantiser(rows: int, width: int, tiles: bool) -> dict[str, Any]:
@@ -162,7 +176,7 @@ def check_rope(batch: int, length: int, heads: int) -> dict[str, Any]:
         np.asarray(rms_norm_rope(*arguments, implementation=name).astype(jnp.float32)) for name in ("mosaic_gpu", "xla")
     )
     error = float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
-    return {"relative_error": error, "unequal": float((y != expected).mean()), "ok": error < 1e-3}
+    return {"relative_error": error, "unequal": float((y != expected).mean()), "ok": bool(error < 1e-3)}
 
 
 def random_rows(rows: int, width: int):
@@ -175,7 +189,7 @@ def _compare(kernel, xla, share: float) -> dict[str, Any]:
     steps = np.abs(q.astype(np.int32) - expected_q)
     scales = float(np.abs(scale / expected_scale - 1).max())
     result = {"largest_step": int(steps.max()), "unequal": float((steps > 0).mean()), "scales": scales}
-    return result | {"ok": steps.max() <= 1 and result["unequal"] <= share and scales <= 1e-5}
+    return result | {"ok": bool(steps.max() <= 1 and result["unequal"] <= share and scales <= 1e-5)}
 
 
 def bench_rows(rows: int, width: int) -> dict[str, Any]:
@@ -217,41 +231,34 @@ def bench_product(m, k, n) -> dict[str, Any]:
         return (dot(q, w, jnp.int32).astype(jnp.float32) * sx[:, None] * sw + b).astype(jnp.bfloat16)
 
     forced = partial(int8_linear, implementation="mosaic_gpu")
-    variants: dict[str, Callable[[], float]] = {
-        "xla_bf16": lambda: seconds(lambda x, w, b: dot(x, w, jnp.bfloat16) + b, x, weight, bias),
-        "xla_int8_dot": lambda: seconds(lambda q, w: dot(q, w, jnp.int32), q, weight_q),
-        "xla_int8_scaled": lambda: seconds(xla_int8, q, weight_q, x_scale, weight_scale, bias),
-        "channels": lambda: seconds(
-            lambda q, w, sw, b, sx: forced(q, w, sw, b, x_scale=sx), q, weight_q, weight_scale, bias, x_scale
-        ),
-        "channels_gelu": lambda: seconds(
-            lambda q, w, sw, b, sx: forced(q, w, sw, b, x_scale=sx, activation="gelu_tanh"),
-            *(q, weight_q, weight_scale, bias, x_scale),
-        ),
-        "channels_quantising": lambda: seconds(forced, x, weight_q, weight_scale, bias),
-        "blocks": lambda: seconds(
-            lambda q, w, sw, b, sx: forced(q, w, sw, b, x_scale=sx),
-            *(block_q, block_weight, block_weight_scale, bias, block_scale),
-        ),
-    }
     portable = partial(portable_gemm, activation=None, dtype=jnp.dtype(jnp.bfloat16), cp_async=False, interpret=False)
-    variants["portable_channels"] = lambda: seconds(
-        partial(portable, tiles=PortableTiles()), q, weight_q, x_scale, weight_scale, bias, None, None
-    )
+
+    def quantised(q, w, sw, b, sx, activation=None):
+        return forced(q, w, sw, b, x_scale=sx, activation=activation)
+
+    channels = q, weight_q, weight_scale, bias, x_scale
+    tiled = block_q, block_weight, block_weight_scale, bias, block_scale
+    plain = q, weight_q, x_scale, weight_scale, bias
+    contestants: dict[str, tuple] = {
+        "xla_bf16": (lambda x, w, b: dot(x, w, jnp.bfloat16) + b, x, weight, bias),
+        "xla_int8": (xla_int8, *plain),
+        "channels": (quantised, *channels),
+        "channels_gelu": (partial(quantised, activation="gelu_tanh"), *channels),
+        "channels_quantising": (forced, x, weight_q, weight_scale, bias),
+        "blocks": (quantised, *tiled),
+        "portable_channels": (partial(portable, tiles=PortableTiles()), *plain, None, None),
+    }
+    variants = {name: partial(seconds, *call, budget=0.2) for name, call in contestants.items()}
     return _time_all(variants, operations)
 
 
 def sweep_product(m, k, n) -> dict[str, Any]:
     _, q, x_scale, weight_q, weight_scale, bias = random_product(m, k, n, False)
     variants = {}
-    for tile_n, stages in ((256, 4), (256, 3), (192, 4), (128, 6)):
-        for cluster in (1, 2):
-            for group in (4, 8, 16, 64):
-                tiles = HopperTiles(tile_n, stages, cluster, group)
-                product = partial(hopper_gemm, activation=None, dtype=jnp.bfloat16, tiles=tiles, interpret=False)
-                variants[str(tiles)] = partial(
-                    seconds, product, q, weight_q, x_scale, weight_scale, bias, None, None, budget=0.2
-                )
+    for tiles in SWEPT:
+        product = partial(hopper_gemm, activation=None, dtype=jnp.dtype(jnp.bfloat16), tiles=tiles, interpret=False)
+        arguments = q, weight_q, x_scale, weight_scale, bias, None, None
+        variants[str(tiles)] = partial(seconds, product, *arguments, budget=0.15)
     return _time_all(variants, 2 * m * n * k)
 
 
@@ -277,13 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"device": device.device_kind, "arch": gpu_arch(), "jax": jax.__version__, "cases": {}}
     cases = list(checks())
     if options.bench:
-        cases += [
-            (f"bench rows {shape}", partial(bench_rows, *shape))
-            for shape in ((32760, 1536), (32760, 5120), (32760, 8960))
-        ]
-        cases += [(f"bench product {shape}", partial(bench_product, *shape)) for shape in WAN]
+        cases += [(f"bench rows {shape}", partial(bench_rows, *shape)) for shape in ((32760, 1536), (32760, 5120))]
+        cases += [(f"bench product {shape}", partial(bench_product, *shape)) for shape in (*WAN[:3], WAN[4])]
     if options.sweep:
-        cases += [(f"sweep {shape}", partial(sweep_product, *shape)) for shape in WAN[:2] + WAN[4:]]
+        cases += [(f"sweep {shape}", partial(sweep_product, *shape)) for shape in (WAN[1], WAN[4])]
     failed = 0
     for name, case in cases:
         if options.only not in name:
@@ -301,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         results["cases"][name] = result
         shown = {key: value for key, value in result.items() if key != "trace"}
         print(f"{name} ({time.perf_counter() - start:.1f} s): {shown}", flush=True)
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps(results, indent=1, default=str))
     print(f"{failed} of {len(results['cases'])} failed on {device.device_kind}")
     return int(failed > 0)
 

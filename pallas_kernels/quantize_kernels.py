@@ -19,7 +19,6 @@ from pallas_kernels.rounding import AMAX_FLOOR, BLOCK, INT8_MAX_BLOCK, INT8_MAX_
 WARPGROUP = 128
 ROWS = 8  # rows a block takes in turn, so that scale and shift are loaded once for them
 TILE = BLOCK
-WARPGROUPS = 2  # of a block on a row of tiles; each takes every second tile
 
 
 def supports_rows(width: int) -> str | None:
@@ -84,62 +83,43 @@ def supports_tiles(rows: int, width: int) -> str | None:
 def quantize_tiles(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bool = False):
     """x [M, D] to (int8 [M, D], float32 [M/128, D/128]), amax / 128 a tile; first LayerNorm and modulation by
     scale, shift [D] if given. Only whole tiles of rows are written: the ragged end is the caller's.
-    Means and variances of the tiles' rows are merged by Chan's formula."""
+
+    One warpgroup a block: the maximum over rows crosses warps through scratch memory that Mosaic GPU gives to the
+    block, not to the warpgroup, so that two of them would overwrite each other's.
+    """
     rows, width = x.shape
     tiles = width // TILE
     layout = plgpu.Layout.WGMMA
-    warpgroups = min(WARPGROUPS, tiles)
 
     def body(*refs):
-        x, *modulation, q, q_scale, means, squares, met = refs
-        wg, block = lax.axis_index("wg"), lax.axis_index("block")
+        x, *modulation, q, q_scale = refs
+        block = lax.axis_index("block")
         own = pl.ds(block * TILE, TILE)
-
-        def tile_loop(f, init):
-            count = lax.div(tiles - wg + warpgroups - 1, warpgroups)
-            return lax.fori_loop(0, count, lambda i, carry: f(wg + i * warpgroups, carry), init)
 
         def tile(j):
             return _load(x.at[own, pl.ds(j * TILE, TILE)], layout)
 
         def row_statistics():
-            zero = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), layout.reduce(1))
-
-            def merge(count, mean, square, tile_mean, tile_square):
-                """Chan: the pooled mean and sum of squares of `count` tiles and one more."""
-                delta = tile_mean - mean
-                return mean + delta / (count + 1.0), square + tile_square + delta * delta * (
-                    TILE * count / (count + 1.0)
-                )
+            """Mean and 1 / deviation of the rows, tile after tile, merged by Chan's formula: no cancellation."""
 
             def step(j, carry):
-                count, mean, square = carry
+                mean, square = carry
+                count = j.astype(jnp.float32)
                 y = tile(j)
                 tile_mean = jnp.sum(y, axis=1) * (1.0 / TILE)
                 y = y - _across(tile_mean, 0)
-                mean, square = merge(count, mean, square, tile_mean, jnp.sum(y * y, axis=1))
-                return count + 1.0, mean, square
+                delta = tile_mean - mean
+                square = square + jnp.sum(y * y, axis=1) + delta * delta * (TILE * count / (count + 1.0))
+                return mean + delta / (count + 1.0), square
 
-            _, mean, square = tile_loop(step, (jnp.float32(0), zero, zero))
-            means[wg], squares[wg] = mean, square
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
-            count, mean, square = 0.0, zero, zero
-            for other in range(warpgroups):
-                n = float(len(range(other, tiles, warpgroups)))
-                delta = _load(means.at[other], layout.reduce(1)) - mean
-                mean = mean + delta * (n / (count + n))
-                square = (
-                    square
-                    + _load(squares.at[other], layout.reduce(1))
-                    + delta * delta * (TILE * count * n / (count + n))
-                )
-                count += n
+            zero = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), layout.reduce(1))
+            mean, square = lax.fori_loop(0, tiles, step, (zero, zero))
             return mean, lax.rsqrt(square * (1.0 / width) + eps)
 
         statistics = row_statistics() if modulation else None
 
-        def step(j, carry):
+        @pl.loop(0, tiles)
+        def _(j):
             y = tile(j)
             if statistics is not None:
                 columns = pl.ds(j * TILE, TILE)
@@ -149,9 +129,6 @@ def quantize_tiles(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: b
             y = jnp.minimum(jnp.round(y * (INT8_MAX_BLOCK / amax)), 127.0)
             q.at[own, pl.ds(j * TILE, TILE)][...] = y.astype(jnp.int8)
             q_scale[block, j] = amax / INT8_MAX_BLOCK
-            return carry
-
-        tile_loop(step, 0)
 
     body.__name__ = "quantize_tiles"
     return plgpu.kernel(
@@ -162,13 +139,6 @@ def quantize_tiles(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: b
         ),
         grid=(rows // TILE,),
         grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="wg",
-        scratch_types=[
-            plgpu.SMEM((warpgroups, TILE), jnp.float32),
-            plgpu.SMEM((warpgroups, TILE), jnp.float32),
-            plgpu.Barrier(num_arrivals=warpgroups),
-        ],
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(*(ref for ref in (x, scale, shift) if ref is not None))
 
