@@ -14,21 +14,20 @@ from pallas_kernels.quantize import quantize_blockwise, quantize_per_token
 from pallas_kernels.rms_norm_rope import rms_norm_rope
 from pallas_kernels.rounding import BLOCK
 
-TOKENS = {"480p": 32760, "720p": 75600}
-# (in, out) of the products in a block of the 1.3B and the 14B model.
-PRODUCTS = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
+# Tokens of 81 frames, width, feed-forward width, heads: the 1.3B model at 480p, the 14B model at 720p.
+MODELS = {"1.3b": (32760, 1536, 8960, 12), "14b": (75600, 5120, 13824, 40)}
 
 Shape = jax.ShapeDtypeStruct
 
 
 def compile_cases() -> list[Case]:
-    """Every linear kernel at 32,760 and 75,600 tokens."""
+    """Every linear kernel, every granularity and every epilogue."""
     return [*_products(), *_quantisers(), *_rotations()]
 
 
 def _products():
-    for size, tokens in TOKENS.items():
-        for k, n in PRODUCTS:
+    for model, (tokens, width, hidden, _) in MODELS.items():
+        for k, n in ((width, width), (width, hidden), (hidden, width)):
             up = n > k
             for granularity in ("channels", "blocks"):
                 if granularity == "blocks":
@@ -41,29 +40,27 @@ def _products():
                 args = [Shape((tokens, k), jnp.int8), Shape((n, k), jnp.int8), *scales, Shape((n,), jnp.bfloat16)]
                 if not up:
                     args += [Shape((tokens, n), jnp.bfloat16), Shape((n,), jnp.float32)]
-                yield Case(f"int8_linear_{granularity}_{size}_{k}_{n}", partial(_product, gelu=up), args)
+                yield Case(f"int8_linear_{granularity}_{model}_{k}_{n}", partial(_product, gelu=up), args)
 
 
 def _quantisers():
-    for size, tokens in TOKENS.items():
-        for width in (1536, 5120, 8960, 13824):
-            x = Shape((tokens, width), jnp.bfloat16)
+    for model, (tokens, width, hidden, _) in MODELS.items():
+        for columns in (width, hidden):
+            x = Shape((tokens, columns), jnp.bfloat16)
             for quantize, kind in ((quantize_per_token, "rows"), (quantize_blockwise, "tiles")):
-                yield Case(f"quantize_{kind}_{size}_{width}", partial(quantize, implementation="mosaic_gpu"), [x])
-        for width in (1536, 5120):
-            args = [Shape((1, tokens, width), jnp.bfloat16), *[Shape((1, 1, width), jnp.float32)] * 2]
-            for granularity in ("token", "block"):
-                fn = partial(norm_modulate_quantize, granularity=granularity, implementation="mosaic_gpu")
-                yield Case(f"norm_modulate_quantize_{granularity}_{size}_{width}", fn, args)
+                yield Case(f"quantize_{kind}_{model}_{columns}", partial(quantize, implementation="mosaic_gpu"), [x])
+        args = [Shape((1, tokens, width), jnp.bfloat16), *[Shape((1, 1, width), jnp.float32)] * 2]
+        for granularity in ("token", "block"):
+            fn = partial(norm_modulate_quantize, granularity=granularity, implementation="mosaic_gpu")
+            yield Case(f"norm_modulate_quantize_{granularity}_{model}_{width}", fn, args)
 
 
 def _rotations():
-    for size, tokens in TOKENS.items():
-        for heads in (12, 40):
-            angles = Shape((tokens, 64), jnp.float32)
-            args = [Shape((1, tokens, heads, 128), jnp.bfloat16), Shape((heads * 128,), jnp.float32), angles, angles]
-            fn = partial(rms_norm_rope, implementation="mosaic_gpu")
-            yield Case(f"rms_norm_rope_{size}_{heads}_heads", fn, args)
+    for model, (tokens, width, _, heads) in MODELS.items():
+        angles = Shape((tokens, 64), jnp.float32)
+        args = [Shape((1, tokens, heads, 128), jnp.bfloat16), Shape((width,), jnp.float32), angles, angles]
+        fn = partial(rms_norm_rope, implementation="mosaic_gpu")
+        yield Case(f"rms_norm_rope_{model}_{heads}_heads", fn, args)
 
 
 def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None, *, gelu):
