@@ -13,6 +13,7 @@ from turbojax.errors import UserError
 # command -> (module with add_arguments(subparsers) and run(args), what it does)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("turbojax.cli_generate", "turn a prompt into a video"),
+    "train": ("turbojax.train.cli", "train a part of the small model"),
     "convert": ("convert.cli", "convert PyTorch checkpoints"),
     "inspect": ("convert.cli", "say what a checkpoint is and what it would become"),
     "export": ("convert.cli", "write a converted component for PyTorch"),
