@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -32,10 +31,6 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 # Order of the columns of an 8-bit left operand whose registers were filled from an accumulator without exchanging
 # values between threads: operand column c of each 16 holds accumulator column FP8_ORDER[c]. V^T is stored so.
 FP8_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
-
-
-def fp8_order(columns: int) -> np.ndarray:
-    return (np.arange(columns) // 16 * 16) + np.tile(np.array(FP8_ORDER), columns // 16)
 
 
 def per_row(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -113,21 +108,3 @@ def _repack(x: fa.FragmentedArray) -> fa.FragmentedArray:
         )
         words[a, b, r] = mgpu_utils.bitcast(word, f8x4)
     return fa.FragmentedArray(_registers=words.reshape(shape), _layout=layout, _is_signed=None)
-
-
-__all__ = [
-    "FP8_ORDER",
-    "LN2",
-    "LOG2E",
-    "PER_COLUMN",
-    "PER_ROW",
-    "ROWS",
-    "TILE",
-    "fp8_order",
-    "full",
-    "mgpu",
-    "per_column",
-    "per_row",
-    "product",
-    "to_fp8",
-]

@@ -80,6 +80,6 @@ def block_sparse_attention(
     if quantized:
         q, k, v = forward_only(name, q, k, v)
     else:
-        unsupported = unsupported or "the unquantised kernel is not built yet"
+        unsupported = unsupported or "the kernel is quantised: it needs quantized=True"
     o, lse = dispatch(name, implementation, (q, k, v, block_index), xla=xla, kernel=kernel, unsupported=unsupported)
     return (o, lse) if return_lse else o

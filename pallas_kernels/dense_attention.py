@@ -41,7 +41,7 @@ def dense_attention(
 
     Args:
         scale: factor on the scores; None is 1 / sqrt(head_dim).
-        implementation: "xla" (any dtype, temporaries of 128 MiB at a time, reverse and forward mode), "cudnn"
+        implementation: "xla" (any dtype, bounded memory, reverse and forward mode), "cudnn"
             (bf16/fp16, reverse mode only), or None: cuDNN where the process has a GPU and the dtype allows it.
 
     Raises:
