@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,7 +74,7 @@ def run(
             window.append(metrics)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                mean = {k: float(np.mean([jax.device_get(m[k]) for m in window])) for k in window[0]}
+                mean = average(window)
                 now = time.monotonic()
                 line = {"step": done, "seconds_per_step": round((now - clock) / len(window), 4), **mean}
                 print(json.dumps(line), file=log, flush=True)
@@ -86,3 +86,9 @@ def run(
                 save_state(out / "state.safetensors", state, done)
                 saved = time.monotonic()
     return state
+
+
+def average(window: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """The mean of each metric over the steps that reported it (the updates of rCM take turns)."""
+    names = dict.fromkeys(name for metrics in window for name in metrics)
+    return {k: float(np.mean([jax.device_get(m[k]) for m in window if k in m])) for k in names}

@@ -1,0 +1,105 @@
+"""SLA fine-tuning: a student with sparse-linear attention learns to answer as its dense teacher does.
+
+Source: `rcm/models/t2v_model_sla.py` of TurboDiffusion (white-box); SLA, arXiv:2509.24006 (black-box: the diffusion
+loss on data). With `guidance` the white-box target is the teacher's guided velocity, so that the student needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from turbojax.attention import AttentionConfig
+from turbojax.train import ema
+from turbojax.train.flow import Velocity, add_noise
+from turbojax.train.rcm import guided
+from turbojax.train.student import SLA, AdamConfig, Clips, Drawn, Networks
+from turbojax.train.trigflow import Latents, LogNormal, Times, rf_time
+
+Trained = Literal["all", "attention", "proj_l"]
+
+# The published distribution of noise levels, and a rate that suits a network of a million parameters.
+TIMES, ADAM = LogNormal(1.5, 1.6), AdamConfig(5e-4, hold=0.5)
+
+
+def white_box_losses(
+    student: Velocity, teacher: Velocity, latents: Latents, noise: Latents, s: Float[Array, "B"]
+) -> Float[Array, "B"]:
+    """Mean squared difference of the two velocities at x_s, float32."""
+    x = add_noise(latents, noise, s)
+    target = jax.lax.stop_gradient(teacher(x, 1000.0 * s).astype(jnp.float32))
+    return jnp.mean(jnp.square(student(x, 1000.0 * s).astype(jnp.float32) - target), axis=(1, 2, 3, 4))
+
+
+def trained_leaves(params: PyTree, what: Trained) -> PyTree:
+    """True for the parameters that move: all, the self-attention's (its proj_l among them), or proj_l alone."""
+    part = {"all": "", "attention": "self_attn", "proj_l": "proj_l"}[what]
+    return jax.tree_util.tree_map_with_path(lambda path, _: part in jax.tree_util.keystr(path), params)
+
+
+@dataclass(frozen=True)
+class SLAConfig:
+    """What a fine-tuning run does. `loss`: white_box (the teacher's velocity) or black_box (noise - latents)."""
+
+    steps: int = 600
+    batch: int = 8
+    seed: int = 0
+    attention: AttentionConfig = SLA
+    times: Times = TIMES
+    loss: Literal["white_box", "black_box"] = "white_box"
+    guidance: float = 1.0
+    trained: Trained = "all"
+    ema_rate: float = 0.1
+    optimizer: AdamConfig = ADAM
+
+
+class SLAState(NamedTuple):
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+    updates: Array
+
+
+class SLAStage:
+    """The stage that `loop.run` drives; `start`: a student to go on from, instead of the teacher grafted."""
+
+    def __init__(self, config: SLAConfig, networks: Networks, clips: Clips, start: PyTree | None = None):
+        self.config, self.networks, self.clips = config, networks, clips
+        self._start = networks.graft() if start is None else start
+        self.optimizer = config.optimizer.make(config.steps, trained_leaves(self._start, config.trained))
+
+    def init(self) -> SLAState:
+        params = jax.tree.map(jnp.copy, self._start)
+        return SLAState(params, jax.tree.map(jnp.copy, params), self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def losses(self, params: PyTree, batch: Drawn, key: jax.Array) -> Float[Array, "B"]:
+        time_key, noise_key = jax.random.split(key)
+        latents = batch.latents.astype(jnp.float32)
+        s = rf_time(self.config.times.draw(time_key, len(latents)))
+        noise = jax.random.normal(noise_key, latents.shape)
+
+        def student(x: Array, timestep: Array) -> Array:
+            return self.networks.student(params, x, timestep, batch.context)
+
+        if self.config.loss == "black_box":
+            x = add_noise(latents, noise, s)
+            return jnp.mean(jnp.square(student(x, 1000.0 * s) - (noise - latents)), axis=(1, 2, 3, 4))
+        teacher = guided(self.networks.teacher, batch.context, self.clips.empty, self.config.guidance)
+        return white_box_losses(student, teacher, latents, noise, s)
+
+    def step(self, state: SLAState, batch: Drawn, key: jax.Array) -> tuple[SLAState, Mapping[str, jax.Array]]:
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean(self.losses(p, batch, key)))(state.params)
+        changes, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        average = ema.update(state.ema, params, self.config.ema_rate, state.updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "skipped": opt_state.total_notfinite}
+        return SLAState(params, average, opt_state, state.updates + 1), metrics
+
+    def batch(self, step: int) -> Drawn:
+        return self.clips.draw(step, self.config.batch)

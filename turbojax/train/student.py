@@ -1,0 +1,184 @@
+"""What the SLA and rCM stages share: a frozen teacher, a student grafted from it, captioned latents, an optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from turbojax.attention import DENSE, AttentionConfig
+from turbojax.checkpoint import load_component, save_component
+from turbojax.config import PRESETS
+from turbojax.models.dit import WanDiT
+from turbojax.tokenizer import Tokenizer
+from turbojax.train import data, loop
+from turbojax.train.encoded import encode_scenes
+from turbojax.train.pca import PCALatents
+from turbojax.train.teacher import SHIPPED_TOKENIZER, TEXT_ENCODER, Captions
+
+# 320 tokens of the small model: 10 query blocks (half a frame each), 20 key blocks (two rows each), 5 of them kept.
+SLA = AttentionConfig(kind="sla", topk=0.25, block_q=32, block_k=16)
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    """AdamW on float32 master weights: linear warm-up, constant, and from `hold` of the steps on a cosine to zero.
+
+    The published runs hold to the end (hold = 1) and do not clip.
+    """
+
+    learning_rate: float
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.01
+    warmup: int = 100
+    hold: float = 1.0
+    clip: float | None = None
+
+    def make(self, steps: int, trained: PyTree | None = None) -> optax.GradientTransformation:
+        """A step whose gradients are not finite is skipped and counted. trained: True where a leaf may move."""
+        hold = max(self.warmup, int(self.hold * steps))
+        rate = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, self.learning_rate, self.warmup),
+                optax.constant_schedule(self.learning_rate),
+                optax.cosine_decay_schedule(self.learning_rate, max(1, steps - hold)),
+            ],
+            [self.warmup, hold],
+        )
+        parts = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
+        optimizer = optax.chain(*parts, optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay))
+        if trained is not None:
+            frozen = jax.tree.map(lambda moves: not moves, trained)
+            optimizer = optax.chain(optax.masked(optimizer, trained), optax.masked(optax.set_to_zero(), frozen))
+        return optax.apply_if_finite(optimizer, max_consecutive_errors=100)
+
+
+class Networks:
+    """The teacher, and the shape of a student that computes its self-attention as `attention` says.
+
+    A student with SLA has a `proj_l` in each block, zero at first: it starts as the teacher with sparse attention.
+    """
+
+    def __init__(self, teacher: WanDiT, attention: AttentionConfig):
+        self.attention = attention
+        self.teacher_config = teacher.config
+        self._teacher, state = nnx.split(teacher)
+        self.teacher_params = nnx.to_pure_dict(state)
+        linear = attention.kind in ("sla", "sagesla")
+        self.config = dataclasses.replace(teacher.config, linear_branch=linear)
+        fresh = WanDiT(self.config, rngs=nnx.Rngs(0), dtype=teacher.dtype)
+        self._student, state = nnx.split(fresh)
+        self._fresh = nnx.to_pure_dict(state)
+
+    def graft(self) -> PyTree:
+        """The student at the start, in float32: the teacher's weights, and zero where it has none."""
+        return _graft(self._fresh, self.teacher_params)
+
+    def teacher_copy(self) -> PyTree:
+        """The teacher's weights in float32: where the critic starts."""
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), self.teacher_params)
+
+    def teacher(self, latents: Array, timestep: Array, context: Array) -> Array:
+        return self.like_teacher(self.teacher_params, latents, timestep, context)
+
+    def like_teacher(self, params: PyTree, latents: Array, timestep: Array, context: Array) -> Array:
+        """Velocity of a dense network with the teacher's shape."""
+        return nnx.merge(self._teacher, params)(latents, timestep, context, attention=DENSE)
+
+    def student(self, params: PyTree, latents: Array, timestep: Array, context: Array) -> Array:
+        return nnx.merge(self._student, params)(latents, timestep, context, attention=self.attention)
+
+    def load(self, folder: Path) -> PyTree:
+        """An exported student's weights, in float32."""
+        student = load_component(folder)
+        if student.config != self.config:
+            raise ValueError(f"{folder}: a student of another shape than the teacher's")
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), nnx.to_pure_dict(nnx.split(student)[1]))
+
+    def export(self, params: PyTree, folder: Path) -> None:
+        """Write a student as a component, in the dtypes that the model keeps (bfloat16 but for what stays float32)."""
+        params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, self._fresh)
+        save_component(folder, (self.config, params), format="safetensors", overwrite=True)
+
+
+def _graft(fresh: Mapping[Any, Any], teacher: Mapping[Any, Any]) -> dict[Any, Any]:
+    grafted = {}
+    for name, value in fresh.items():
+        if isinstance(value, Mapping):
+            grafted[name] = _graft(value, teacher.get(name, {}))
+        elif name in teacher:
+            grafted[name] = jnp.asarray(teacher[name], jnp.float32)
+        else:
+            grafted[name] = jnp.zeros(value.shape, jnp.float32)
+    return grafted
+
+
+class Drawn(NamedTuple):
+    """latents [B,t,h,w,C] and the text encoder's rows for their captions [B,L,D]."""
+
+    latents: np.ndarray
+    context: np.ndarray
+
+
+class Clips:
+    """Latents and encoded captions; what step n sees is a function of the seed and n alone."""
+
+    def __init__(
+        self,
+        latents: np.ndarray,
+        combinations: Sequence[tuple[str, str, str]],
+        tokenizer: Tokenizer,
+        encode: Callable[[Array, Array], Array],
+        seed: int,
+    ):
+        self.latents, self.combinations, self.seed = latents, combinations, seed
+        self.captions = Captions(tokenizer)
+        # Frozen, so every caption is encoded once: a few hundred of them.
+        self.contexts = np.asarray(encode(self.captions.ids, self.captions.mask), np.float32)
+
+    @property
+    def empty(self) -> Float[np.ndarray, "1 L D"]:
+        """The empty prompt, for guidance."""
+        return self.contexts[-1:]
+
+    def draw(self, step: int, count: int, dropout: float = 0.0) -> Drawn:
+        """Step `step`'s clips: each epoch is a permutation of them all."""
+        rng = np.random.default_rng((self.seed, step))
+        total = len(self.latents)
+        epoch, offset = divmod(step * count, total - total % count)
+        order = np.random.default_rng((self.seed, 1 << 40, epoch)).permutation(total)
+        rows = order[offset : offset + count]
+        texts = [self.captions.draw(rng, self.combinations[r], dropout) for r in rows]
+        return Drawn(self.latents[rows], self.contexts[texts])
+
+
+def prepare(
+    teacher: Path, pca: Path, out: Path, *, attention: AttentionConfig, clips: int, seed: int
+) -> tuple[Networks, Clips]:
+    """The networks and the data of a run: `teacher` holds dit/ and text_encoder/, as the teacher stage exports them."""
+    encoder = load_component(teacher / "text_encoder", dtype="float32")
+    if encoder.config != TEXT_ENCODER:
+        raise ValueError(f"{teacher / 'text_encoder'}: not the small model's text encoder")
+    networks = Networks(load_component(teacher / "dit"), attention)
+    scenes = data.clips(seed + 1000, clips)
+    latents = encode_scenes(scenes, PCALatents.load(pca), out / f"latents-{seed}-{clips}.npy")
+    combinations = [(s.colour, s.shape, s.motion) for s in scenes]
+    tokenizer = Tokenizer.load(SHIPPED_TOKENIZER, PRESETS["tiny"].text_len)
+    graph, state = nnx.split(encoder)
+    encode = jax.jit(lambda ids, mask: nnx.merge(graph, state)(ids, mask))
+    return networks, Clips(latents, combinations, tokenizer, encode, seed)
+
+
+def train(stage: loop.Stage, *, steps: int, out: Path, seed: int, checkpoint_every: float = 120.0) -> PyTree:
+    """Run, or resume, a stage in `out`."""
+    return loop.run(stage, loop.LoopConfig(steps, str(out), seed, checkpoint_every=checkpoint_every))
