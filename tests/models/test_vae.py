@@ -16,10 +16,8 @@ from turbojax.models import vae_layers
 from turbojax.models.vae import WanVAE
 
 CONFIG = VAEConfig(base_dim=8, z_dim=4, latents_mean=(0.3, -0.2, 0.1, -0.4), latents_std=(1.5, 0.8, 2.0, 1.2))
-# Quick to compile, with every kind of layer; 2x in time, 4x in space.
-SHALLOW = dataclasses.replace(
-    CONFIG, base_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(False, True)
-)
+# Quick to compile: 2x in time and in space.
+SHALLOW = dataclasses.replace(CONFIG, base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,))
 # name: (batch, frames, height, width), as in golden/make_vae.py
 CASES = {"one": (2, 1, 16, 24), "five": (1, 5, 24, 40), "nine": (1, 9, 16, 24)}
 
@@ -79,7 +77,7 @@ def test_streamed_equals_whole_over_many_chunks():
     vae = random_module(SHALLOW)
     video = np.random.default_rng(0).uniform(-1, 1, (2, 13, 16, 8, 3)).astype(np.float32)
     z = np.asarray(vae.encode(video))
-    assert z.shape == (2, 7, 4, 2, 4)
+    assert z.shape == (2, 7, 8, 4, 4)
     np.testing.assert_allclose(vae.encode_streamed(video), z, atol=1e-5, rtol=0)
     whole = np.asarray(vae.decode(z, clamp=False))
     assert whole.shape == video.shape
@@ -94,13 +92,13 @@ def test_streamed_memory_does_not_grow_with_frames(direction):
 
     def working_bytes(method: str, chunks: int) -> int:
         """Everything the compiled program holds beside its input and output."""
-        shape = (1, 1 + 2 * chunks, 32, 32, 3) if direction == "encode" else (1, 1 + chunks, 8, 8, 4)
+        shape = (1, 1 + 2 * chunks, 32, 32, 3) if direction == "encode" else (1, 1 + chunks, 16, 16, 4)
         run = jax.jit(lambda state, x: getattr(nnx.merge(graphdef, state), method)(x))
         compiled = run.lower(state, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     few, many = (working_bytes(f"{direction}_streamed", n) for n in (3, 12))
-    out_growth = 9 * 8 * 8 * 4 * 4 if direction == "encode" else 18 * 32 * 32 * 3 * 4
+    out_growth = 9 * 16 * 16 * 4 * 4 if direction == "encode" else 18 * 32 * 32 * 3 * 4
     # The loop may hold its output once more while it is written.
     assert many - few <= 1.1 * out_growth
     whole_few, whole_many = (working_bytes(direction, n) for n in (3, 12))
@@ -115,10 +113,10 @@ def test_bfloat16_keeps_norms_in_float32_and_follows_the_dtype_of_its_input():
     video = np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 8, 3)).astype(np.float32)
     z32, z16 = vae32.encode(video), vae16.encode(video)
     assert z16.dtype == jnp.float32
-    assert vae16.encode(jnp.asarray(video, jnp.bfloat16)).dtype == jnp.bfloat16
-    # 8 bits of mantissa at each of 15 layers; z is of size 0.3.
-    assert 0 < np.abs(np.asarray(z16 - z32)).max() < 0.03
-    assert 0 < relative(vae16.decode(z32, clamp=False), vae32.decode(z32, clamp=False)) < 0.05
+    half = jax.ShapeDtypeStruct(video.shape, jnp.bfloat16)
+    assert jax.eval_shape(vae16.encode_streamed, half).dtype == jnp.bfloat16
+    # 8 bits of mantissa at each of a dozen layers.
+    assert 0 < relative(z16, z32) < 0.05
 
 
 def test_attention_over_frames_one_at_a_time_changes_nothing(monkeypatch):

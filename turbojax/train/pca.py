@@ -87,7 +87,9 @@ def patches(
     )  # fmt: skip
 
 
-def _from_patches(flat: Float[Array | np.ndarray, "b t h w p"], frames: int) -> Float[Array, "b t_out h_out w_out 3"]:
+def _from_patches(
+    flat: Float[Array | np.ndarray, "b t h w p"], frames: int
+) -> Float[Array | np.ndarray, "b t_out h_out w_out 3"]:
     return rearrange(
         flat, "b t h w (f p q c) -> b (t f) (h p) (w q) c", f=frames, p=SPATIAL, q=SPATIAL, c=3
     )  # fmt: skip

@@ -3,9 +3,9 @@
     python -m turbojax.train.vae --part pca      --out runs/vae
     python -m turbojax.train.vae --part decoder  --out runs/vae
     python -m turbojax.train.vae --part encoder  --out runs/vae
-    python -m turbojax.train.vae --part joint    --out runs/vae
+    python -m turbojax.train.vae --part joint    --out runs/vae --phases frames --steps 240 --learning-rate 1e-3
 
-Each part starts from what the parts before it left in the folder, in that order.
+Decoder and encoder do not need each other and may run side by side; joint starts from what they left.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ from turbojax.train.vae_measure import contact_sheet, evaluate, measure, unseen_
 Part = Literal["pca", "decoder", "encoder", "joint"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
+# What each part's loss reaches.
+TRAINS: Mapping[Part, tuple[str, ...]] = {
+    "decoder": ("decoder", "post_quant_conv"),
+    "encoder": ("encoder", "quant_conv"),
+    "joint": ("encoder", "quant_conv", "decoder", "post_quant_conv"),
+}
+
 # A shape may reach these beyond what the diffusion model is trained on, so that its mistakes still decode.
 RADIUS, TRAVEL = (14.0, 30.0), (0.0, 56.0)
 
@@ -53,6 +60,8 @@ class Phase:
 
 # Small crops first: more updates a second. Whole frames last: a crop's border is not the frame's.
 CROPS_THEN_FRAMES = (Phase(0.40, 4, 5, 64), Phase(0.35, 4, 9, 64), Phase(0.25, 1, 17, 128))
+# To polish what is trained already.
+MOSTLY_FRAMES = (Phase(0.5, 4, 9, 64), Phase(0.5, 1, 17, 128))
 
 
 @dataclass(frozen=True)
@@ -110,14 +119,14 @@ def encoder_loss(vae: WanVAE, pca: PCALatents, video: Array) -> Float[Array, ""]
 
 
 def joint_loss(vae: WanVAE, pca: PCALatents, video: Array, key: Array, noise: float) -> Float[Array, ""]:
-    """Round trip through both, plus each part's own loss: the latent space must not move."""
+    """Draw each clip from the encoder's latents or, as often, from PCA's; the encoder must stay near PCA's."""
     z, target = vae.encode(video), pca.encode(video)
-    both = jnp.concatenate([z, target])
-    both = both + noise * jax.random.normal(key, both.shape)
-    round_trip, drawn = jnp.split(vae.decode(both, clamp=False), 2)
+    which, key = jax.random.split(key)
+    own = jax.random.bernoulli(which, 0.5, (video.shape[0], 1, 1, 1, 1))
+    mixed = jnp.where(own, z, target) + noise * jax.random.normal(key, z.shape)
     error = z - target
     anchor = jnp.abs(error).mean() + jnp.square(error).mean()
-    return pixel_loss(round_trip, video) + pixel_loss(drawn, video) + 0.25 * anchor
+    return pixel_loss(vae.decode(mixed, clamp=False), video) + 0.25 * anchor
 
 
 def loss_of(config: TrainVAEConfig, vae: WanVAE, pca: PCALatents, video: Array, key: Array) -> Float[Array, ""]:
@@ -166,11 +175,14 @@ class VAEStage:
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     def init(self) -> VAEState:
+        """Fresh parameters, but those that an earlier part has trained."""
         state = VAEState(self._params, self.optimizer.init(self._params))
-        for part in reversed(PARTS[1 : PARTS.index(self.config.part)]):
+        params = dict(nnx.to_flat_state(state.params))
+        for part in PARTS[1 : PARTS.index(self.config.part)]:
             if (earlier := state_path(self.config.out, part)).exists():
-                return state._replace(params=restore_state(earlier, state)[0].params)
-        return state
+                trained = nnx.to_flat_state(restore_state(earlier, state)[0].params)
+                params |= {path: leaf for path, leaf in trained if path[0] in TRAINS[part]}
+        return state._replace(params=nnx.from_flat_state(params))
 
     def batch(self, step: int) -> UInt8[np.ndarray, "b t size size 3"]:
         return training_batch(self.config.seed, step, phase_of(self.config.phases, step, self.config.steps))
@@ -248,11 +260,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m turbojax.train.vae", description="Train the small VAE.")
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/vae"))
+    parser.add_argument("--phases", choices=("crops", "frames"), default="crops")
     parser.add_argument("--pca", type=Path, help="the codec's file (default: OUT/pca.npz)")
     defaults = {f.name: f.default for f in dataclasses.fields(TrainVAEConfig)}
-    for name in ("steps", "learning_rate", "latent_noise", "seed", "eval_clips", "eval_every"):
+    for name in ("steps", "learning_rate", "warmup", "latent_noise", "seed", "eval_clips", "eval_every"):
         parser.add_argument("--" + name.replace("_", "-"), type=type(defaults[name]), default=defaults[name])
-    report = train_vae(TrainVAEConfig(**vars(parser.parse_args(argv))))
+    options = vars(parser.parse_args(argv))
+    options["phases"] = CROPS_THEN_FRAMES if options["phases"] == "crops" else MOSTLY_FRAMES
+    report = train_vae(TrainVAEConfig(**options))
     print(json.dumps(report, indent=2))
 
 
