@@ -76,8 +76,9 @@ def _convert(args: argparse.Namespace) -> int:
     common = {"dtype": args.dtype, "format": args.format, "overwrite": args.overwrite, "model": args.model}
     if args.source is not None:
         if given or args.lora_low:
+            option = (given or ["lora_low"])[0].replace("_", "-")
             raise UserError(
-                f"SOURCE converts one component, --{(given or ['lora_low'])[0].replace('_', '-')} a pipeline"
+                f"SOURCE converts one component, but --{option} belongs to a pipeline: give one or the other"
             )
         convert_checkpoint(args.source, args.out, prefix=args.prefix, lora=_loras(args.lora), **common)
     else:

@@ -84,7 +84,7 @@ def _leaf(leaf: Leaf, entry: Entry, patch: Shape) -> Leaf:
     transform = TRANSFORMS[entry.transform]
     here = leaf.shape if entry.layer is None else leaf.shape[1:]
     shape = transform.source_shapes(here, patch)[0]
-    if entry.layer is None and shape == here:
+    if entry.layer is None and entry.transform == "same":
         return leaf  # as it is, and in chunks
 
     def read(start: int, stop: int) -> np.ndarray:

@@ -79,9 +79,10 @@ def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     vocabulary = [(piece.text, piece.score) for piece in pieces]
     backend = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown[0], byte_fallback))
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(" {2,}"), " ")])
+    # "first": text behind a special token starts no new word unless it starts with a blank, as in sentencepiece.
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
     control = [p.text for p in pieces if p.kind in (_Kind.CONTROL, _Kind.UNKNOWN)]
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in control])
     own = [p.text for p in pieces if p.kind == _Kind.USER_DEFINED]

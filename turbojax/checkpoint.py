@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -62,12 +62,6 @@ class Component:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
-    @property
-    def quantized(self) -> list[str]:
-        """Paths of the linear layers whose weights are int8."""
-        suffix = ".weight_q"
-        return sorted(path.removesuffix(suffix) for path in self.leaves if path.endswith(suffix))
-
 
 def save_component(
     directory: str | Path,
@@ -94,26 +88,35 @@ def save_component(
             write_safetensors(folder / _FILES[format], component.leaves, progress=progress)
 
 
-def load_component(directory: str | Path, dtype: DTypeLike | None = None, *, sharding: Sharding | None = None) -> Any:
+def load_component(
+    directory: str | Path,
+    dtype: DTypeLike | None = None,
+    *,
+    sharding: Sharding | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (),
+) -> Any:
     """Read a component folder into its module: WanDiT, WanVAE or UMT5Encoder, by the kind in `config.json`.
 
     dtype: compute dtype, and that of the parameters that do not always stay float32; None: as it was saved, or the
         module's own default after a conversion. sharding: of all arrays, or a function of (path, shape and dtype);
-        None: the default device.
+        None: the default device. lora: (file, strength) pairs to merge on the way, in float32.
     Raises UserError for a folder that is missing, is no component, or does not fit its own config.
     """
     folder = Path(directory)
-    config, storage = _read_config(folder)
-    dtype = storage.get("dtype") if dtype is None else dtype
-    saved, format = _open(folder)
-    graph, state = nnx.split(abstract_module(config, dtype, quantized_layout(saved)))
+    component = open_component(folder)
+    dtype = component.dtype if dtype is None else dtype
+    saved = component.leaves
+    graph, state = nnx.split(abstract_module(component.config, dtype, quantized_layout(saved)))
     flat = {path_name(path): variable for path, variable in nnx.to_flat_state(state)}
     _check_fit(folder, {path: tuple(v.shape) for path, v in flat.items()}, saved)
     wanted = {path: _placed(path, v, sharding) for path, v in flat.items()}
-    if format == "orbax":
-        arrays = _restore_orbax(folder / _FILES[format], wanted)
-    else:
-        arrays = {path: _to_device(saved[path], spec) for path, spec in wanted.items()}
+    changed = _with_loras(component, lora).leaves
+    arrays = {path: _to_device(changed[path], wanted[path]) for path in wanted if changed[path] is not saved[path]}
+    rest = {path: spec for path, spec in wanted.items() if path not in arrays}
+    if (folder / _FILES["safetensors"]).is_file():
+        arrays |= {path: _to_device(saved[path], spec) for path, spec in rest.items()}
+    elif rest:
+        arrays |= _restore_orbax(folder / _FILES["orbax"], rest)
     filled = [(path, v.replace(arrays[path_name(path)])) for path, v in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -122,7 +125,7 @@ def open_component(directory: str | Path) -> Component:
     """The component in `directory`, its parameters left on disk until they are read. Raises UserError."""
     folder = Path(directory)
     config, storage = _read_config(folder)
-    return Component(config, _open(folder)[0], storage.get("dtype"))
+    return Component(config, _open(folder), storage.get("dtype"))
 
 
 def abstract_module(
@@ -251,16 +254,24 @@ def _read_config(folder: Path) -> tuple[ComponentConfig, dict[str, Any]]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _open(folder: Path) -> tuple[dict[str, Leaf], Format]:
-    """The parameters on disk, unread, and their format."""
+def _with_loras(component: Component, loras: Sequence[tuple[str | Path, float]]) -> Component:
+    for file, strength in loras:
+        from convert.lora import apply_lora
+
+        component = apply_lora(component, file, strength)
+    return component
+
+
+def _open(folder: Path) -> dict[str, Leaf]:
+    """The parameters on disk, unread."""
     if (folder / _FILES["safetensors"]).is_file():
         tensors, _ = read_safetensors(folder / _FILES["safetensors"])
-        return {path: Leaf.of_stored(tensor) for path, tensor in tensors.items()}, "safetensors"
+        return {path: Leaf.of_stored(tensor) for path, tensor in tensors.items()}
     root = folder / _FILES["orbax"]
     if not (root / "_METADATA").is_file():
         raise UserError(f"{folder} holds no parameters (params/ or params.safetensors); convert it again")
     paths = sorted(array.parent.name for array in root.glob("*/.zarray"))
-    return {path: _zarr_leaf(root / path) for path in paths}, "orbax"
+    return {path: _zarr_leaf(root / path) for path in paths}
 
 
 def _check_fit(folder: Path, expected: Mapping[str, tuple[int, ...]], saved: Mapping[str, Leaf]) -> None:
@@ -393,9 +404,10 @@ def _restore_orbax(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> di
     with _orbax() as ocp:
         tree = _nest(wanted)
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        args = ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
             try:
-                restored = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(tree, restore_args))
+                restored = checkpointer.restore(path.absolute(), args=args)
             except Exception as error:
                 # Orbax has no error of its own for what it cannot read.
                 if type(error) not in (Exception, ValueError, FileNotFoundError):
