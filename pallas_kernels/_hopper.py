@@ -83,6 +83,16 @@ def to_fp8(p: jax.Array, stage) -> jax.Array:
     return repack(p)
 
 
+def to_16bit(p: jax.Array, dtype, stage):
+    """float32 accumulator tile to a left operand in `dtype`: registers on hardware, `stage` in the interpreter."""
+    p = p.astype(dtype)
+    if stage is None:
+        return p
+    stage[...] = p
+    plgpu.commit_smem()
+    return stage
+
+
 def _repack(x: fa.FragmentedArray) -> fa.FragmentedArray:
     """Registers of a float32 WGMMA tile to those of a WGMMA_8BIT tile: two pairs of floats to one word."""
     layout = fa.WGMMA_LAYOUT_8BIT

@@ -11,9 +11,9 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._attention_xla import block_sparse_xla, default_scale
-from pallas_kernels._derivatives import forward_only
+from pallas_kernels._derivatives import derivative_of, forward_only
 from pallas_kernels._heads import check_block_index, check_blocks, check_qkv, heads_first, heads_last
-from pallas_kernels._hopper_sage import sage_forward
+from pallas_kernels._hopper_attention import sage_forward, sparse_forward
 from pallas_kernels._refusals import attention_refusal
 from pallas_kernels.dispatch import dispatch
 
@@ -64,22 +64,13 @@ def block_sparse_attention(
         return heads_last(o, q.shape), lse.reshape(b, h, lq)
 
     def kernel(q, k, v, block_index, interpret):
-        return sage_forward(
-            q,
-            k,
-            v,
-            block_index,
-            scale=scale,
-            block_q=block_q,
-            block_k=block_k,
-            smooth_k=True,
-            interpret=interpret,
-        )
+        sizes = {"scale": scale, "block_q": block_q, "block_k": block_k, "interpret": interpret}
+        if quantized:
+            return sage_forward(q, k, v, block_index, smooth_k=True, **sizes)
+        return derivative_of(xla, functools.partial(sparse_forward, **sizes))(q, k, v, block_index)
 
     unsupported = attention_refusal(q, implementation, scale, block_q, block_k)
     if quantized:
         q, k, v = forward_only(name, q, k, v)
-    else:
-        unsupported = unsupported or "the kernel is quantised: it needs quantized=True"
     o, lse = dispatch(name, implementation, (q, k, v, block_index), xla=xla, kernel=kernel, unsupported=unsupported)
     return (o, lse) if return_lse else o

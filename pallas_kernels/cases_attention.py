@@ -30,13 +30,14 @@ def compile_cases() -> list[Case]:
         for block_q, block_k in BLOCKS:
             blocks_q, blocks_k = math.ceil(tokens / block_q), math.ceil(tokens / block_k)
             index = jax.ShapeDtypeStruct((1, heads, blocks_q, num_selected(blocks_k, TOPK)), jnp.int32)
-            sparse = functools.partial(
-                block_sparse_attention,
-                block_q=block_q,
-                block_k=block_k,
-                quantized=True,
-                implementation="mosaic_gpu",
-            )
-            name = f"block_sparse_attention int8 {block_q}x{block_k} {at}"
-            cases.append(Case(name, sparse, (x, x, x, index), ("h100",)))
+            for quantized in (True, False):
+                sparse = functools.partial(
+                    block_sparse_attention,
+                    block_q=block_q,
+                    block_k=block_k,
+                    quantized=quantized,
+                    implementation="mosaic_gpu",
+                )
+                name = f"block_sparse_attention {'int8' if quantized else 'bf16'} {block_q}x{block_k} {at}"
+                cases.append(Case(name, sparse, (x, x, x, index), ("h100",)))
     return cases

@@ -92,7 +92,10 @@ def checks() -> list[Check]:
     out += [Check("int8", 500, 2, 128, None, data) for data in DATA if data != "gaussian"]
     out += [Check("int8", 500, 2, 128, BLOCKS[0], data) for data in ("zeros", "constant", "logits 1e4")]
     out += [Check("int8", 1024, 2, 128, None, dtype="float16")]
+    out += [Check("bf16", 777, 3, dim, blocks, "outliers", batch=2) for blocks in BLOCKS for dim in (128, 64)]
+    out += [Check("bf16", 500, 2, 128, BLOCKS[0], data) for data in ("zeros", "constant", "logits 1e4")]
     out += [Check("int8", 32_760, 12, 128, blocks, "outliers", topk=0.1) for blocks in (None, *BLOCKS)]
+    out += [Check("bf16", 32_760, 12, 128, blocks, "outliers", topk=0.1) for blocks in BLOCKS]
     return out
 
 
@@ -160,7 +163,7 @@ def timed(f: Callable, *args, repeats: int = 10) -> float:
 
 def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Callable[[], float]]:
     """Name -> a function that returns milliseconds. "kernel" is the kernel alone, on operands made before."""
-    from pallas_kernels import _hopper_sage as hopper
+    from pallas_kernels import _hopper_attention as hopper
     from pallas_kernels.sparse_linear_attention import linear_attention, sparse_linear_attention
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -178,10 +181,10 @@ def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Cal
     def kernel(blocks, dense):
         args = operands(blocks, None if dense else index(blocks))
         shared = dense or blocks[0] == hopper.TILE_Q
-        stages = hopper.ring_stages(dim, blocks[1], 1 if shared else hopper.WARPGROUPS)
-        config = hopper.SageConfig(block_k=blocks[1], stages=stages, shared=shared)
+        stages = hopper.ring_stages(dim, blocks[1], 1 if shared else hopper.WARPGROUPS, 1)
+        config = hopper.AttentionTiles(block_k=blocks[1], stages=stages, shared=shared)
         run = functools.partial(
-            hopper.hopper_sage, shape=q.shape, lk=length, dtype=q.dtype, config=config, interpret=False
+            hopper.hopper_attention, shape=q.shape, lk=length, dtype=q.dtype, scale=None, config=config, interpret=False
         )
         return timed(lambda *a: run(*a)[0], *args)
 
@@ -214,6 +217,7 @@ def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Cal
         cases[f"routing {size}"] = lambda blocks=blocks: timed(
             functools.partial(sla_block_map, topk=topk, block_q=blocks[0], block_k=blocks[1]), q, k
         )
+        cases[f"sla {size}"] = lambda blocks=blocks: sla(blocks, False)
         cases[f"sagesla {size}"] = lambda blocks=blocks: sla(blocks, True)
         cases[f"sagesla kernel {size}"] = lambda blocks=blocks: kernel(blocks, False)
     return cases
@@ -231,7 +235,7 @@ def bench_cases_names() -> list[str]:
     names = ["cudnn bf16", "sage", "sage kernel", "quantize", "linear branch"]
     for block_q, block_k in BLOCKS:
         size = f"{block_q}x{block_k}"
-        names += [f"routing {size}", f"sagesla {size}", f"sagesla kernel {size}"]
+        names += [f"routing {size}", f"sla {size}", f"sagesla {size}", f"sagesla kernel {size}"]
     return names
 
 

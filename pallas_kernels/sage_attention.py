@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels._attention_xla import default_scale, sage_xla
 from pallas_kernels._derivatives import forward_only
 from pallas_kernels._heads import check_qkv, heads_first, heads_last
-from pallas_kernels._hopper_sage import sage_forward
+from pallas_kernels._hopper_attention import sage_forward
 from pallas_kernels._refusals import attention_refusal
 from pallas_kernels.dispatch import dispatch
 

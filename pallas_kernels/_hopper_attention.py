@@ -1,4 +1,4 @@
-"""INT8/FP8 attention on Hopper (sm_90a): dense, or over a list of key blocks for each block of queries.
+"""Attention on Hopper (sm_90a), INT8/FP8 or 16-bit: dense, or over a list of key blocks for each block of queries.
 
 A block of three warpgroups: two multiply, 64 query rows each, a third streams K and V through a ring of shared
 memory by TMA. Lists for 128 query rows are shared by the two (one ring); lists for 64 rows are private (two rings).
@@ -6,6 +6,8 @@ memory by TMA. Lists for 128 query rows are shared by the two (one ring); lists 
     S  = Q8 K8^T               wgmma s32 <- s8 x s8, both K-major in shared memory
     P  = 448 exp2(S sq sk - m)  in float32; m is the running maximum, never left out
     O  = O alpha + P8 V8       wgmma f32 <- e4m3 x e4m3, P from registers, V^T K-major
+
+In 16 bits Q, K, V and P stay bfloat16 or float16, without scales and with V as it is.
 
 Each product P8 V8 starts from zero and is added in float32: a Hopper FP8 accumulator keeps about 22 bits.
 
@@ -40,7 +42,7 @@ SMEM_BYTES = 232_448
 
 
 @dataclasses.dataclass(frozen=True)
-class SageConfig:
+class AttentionTiles:
     """block_k: keys of one step. stages: slots of a ring. shared: both warpgroups follow one list."""
 
     block_k: int
@@ -48,14 +50,14 @@ class SageConfig:
     shared: bool
 
 
-def ring_stages(dim: int, block_k: int, rings: int) -> int:
+def ring_stages(dim: int, block_k: int, rings: int, itemsize: int) -> int:
     """Slots of each ring that fit in shared memory beside Q, the staged output and the barriers; 4 hide the latency."""
-    fixed = TILE_Q * dim * (1 + 2) + 4 * TILE_Q + 1024
-    return min(4, (SMEM_BYTES - fixed) // (rings * 2 * block_k * dim))
+    fixed = TILE_Q * dim * (itemsize + 2) + 4 * TILE_Q + 1024
+    return min(4, (SMEM_BYTES - fixed) // (rings * 2 * block_k * dim * itemsize))
 
 
 def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k):
-    """What `hopper_sage` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense)."""
+    """What `hopper_attention` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense)."""
     b, lq, h, dim = q.shape
     n, tiles = b * h, -(-lq // TILE_Q)
     flat_q, flat_k, flat_v = map(heads_first, (q, k, v))
@@ -81,14 +83,37 @@ def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, int
 
     Returns (output [b, lq, h, d] in q's dtype, natural log-sum-exp [b, h, lq] float32).
     """
-    b, lq, h, dim = q.shape
     operands = sage_operands(q, k, v, block_index, scale=scale, block_q=block_q, block_k=block_k, smooth_k=smooth_k)
-    shared = block_index is None or block_q == TILE_Q
-    stages = 2 if interpret else ring_stages(dim, block_k, 1 if shared else WARPGROUPS)
-    config = SageConfig(block_k=block_k, stages=stages, shared=shared)
+    return _forward(operands, q, k, block_q, block_k, None, interpret)
+
+
+def sparse_operands(q, k, v, block_index, *, block_q, block_k):
+    """What `hopper_attention` reads for 16-bit attention over block lists; arguments as for `sage_operands`."""
+    b, lq, h, _ = q.shape
+    tiles, blocks = -(-lq // TILE_Q), -(-k.shape[1] // block_k)
+    index = tail_first(block_index.reshape(b * h, *block_index.shape[2:]).astype(jnp.int32), blocks)
+    index = _pad_axis(index, 1, tiles * TILE_Q // block_q)
+    flat_q = _pad_axis(heads_first(q), 1, tiles * TILE_Q)
+    flat_k, flat_v = (_pad_axis(heads_first(x), 1, blocks * block_k) for x in (k, v))
+    return flat_q, None, flat_k, None, flat_v, None, index
+
+
+def sparse_forward(q, k, v, block_index, *, scale, block_q, block_k, interpret):
+    """16-bit attention over block lists; arguments and results as for `sage_forward`."""
+    operands = sparse_operands(q, k, v, block_index, block_q=block_q, block_k=block_k)
+    return _forward(operands, q, k, block_q, block_k, scale * hw.LOG2E, interpret)
+
+
+def _forward(operands, q, k, block_q, block_k, scale, interpret):
+    b, lq, h, dim = q.shape
+    shared = operands[-1] is None or block_q == TILE_Q
+    rings = 1 if shared else WARPGROUPS
+    stages = 2 if interpret else ring_stages(dim, block_k, rings, operands[0].dtype.itemsize)
+    config = AttentionTiles(block_k=block_k, stages=stages, shared=shared)
     # TMA wants whole tiles of 8 rows in global memory.
-    o, lse = hopper_sage(
-        *operands, shape=(b, -(-lq // 8) * 8, h, dim), lk=k.shape[1], dtype=q.dtype, config=config, interpret=interpret
+    shape = (b, -(-lq // 8) * 8, h, dim)
+    o, lse = hopper_attention(
+        *operands, shape=shape, lk=k.shape[1], dtype=q.dtype, scale=scale, config=config, interpret=interpret
     )
     return o[:, :lq], lse[:, :lq].reshape(b, h, lq) * hw.LN2
 
@@ -107,11 +132,14 @@ def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dtype, config: SageConfig, interpret):
-    """Attention of [n, tiles * 128, d] INT8 queries.
+def hopper_attention(
+    q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: AttentionTiles, interpret
+):
+    """Attention of [n, tiles * 128, d] queries, INT8 or in dtype (then all scales are None).
 
     q_scale [n, tiles * 2]: of each 64 rows, times the softmax scale and log2(e).
-    k8 [n, blocks * block_k, d], vt8 [n, d, blocks * block_k] e4m3 with columns in `hw.FP8_ORDER`.
+    k [n, blocks * block_k, d]. v like k in 16 bits, else [n, d, blocks * block_k] e4m3, columns in `hw.FP8_ORDER`.
+    scale: the softmax scale times log2(e) in 16 bits, None if q_scale holds it.
     index int32 [n, lists, steps]: blocks in the order of the steps, the ragged last one (if there) first. None:
         all blocks, from the last to the first. lists is tiles if config.shared, else 2 * tiles.
     k_scale [n, lists, steps], or [n, blocks] when index is None. v_scale [n, d].
@@ -119,13 +147,16 @@ def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dty
 
     Returns (output in dtype, log2-sum-exp2 of the scaled scores [n, tiles * 128] float32).
     """
-    n, rows, dim = q8.shape
+    quantized = q.dtype == jnp.int8
+    offset = LOG2_E4M3_MAX if quantized else 0.0
+    n, rows, dim = q.shape
     tiles, bk, stages = rows // TILE_Q, config.block_k, config.stages
     heads = shape[2]
-    blocks = k8.shape[1] // bk
+    blocks = k.shape[1] // bk
     steps = blocks if index is None else index.shape[2]
     rings = 1 if config.shared else WARPGROUPS
     tail = lk - (blocks - 1) * bk  # keys of the last block
+    sums = jnp.int32 if quantized else jnp.float32
 
     def body(*refs):
         ref = dict(zip(names, refs, strict=True))
@@ -152,9 +183,8 @@ def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dty
                 def _():
                     plgpu.barrier_wait(ref["v_empty"].at[bar])
 
-                plgpu.copy_gmem_to_smem(
-                    ref["vt"].at[head, :, keys], ref["v_smem"].at[ring, slot], ref["v_full"].at[bar]
-                )
+                values = ref["v"].at[head, :, keys] if quantized else ref["v"].at[head, keys]
+                plgpu.copy_gmem_to_smem(values, ref["v_smem"].at[ring, slot], ref["v_full"].at[bar])
                 return block(row, jnp.minimum(i + 1, steps - 1))
 
             lax.fori_loop(0, steps, load, block(row, 0))
@@ -174,21 +204,23 @@ def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dty
             plgpu.copy_gmem_to_smem(
                 ref["q"].at[head, pl.ds(first, hw.ROWS)], ref["q_smem"].at[wg], ref["q_full"].at[wg]
             )
-            q_scale = ref["q_scale"][head, tile * WARPGROUPS + wg]
+            q_scale = ref["q_scale"][head, tile * WARPGROUPS + wg] if quantized else None
 
             def scale_of(i):
+                if not quantized:
+                    return jnp.float32(scale)
                 i = jnp.minimum(i, steps - 1)
                 k_scale = ref["k_scale"]
                 return q_scale * (k_scale[head, block(row, i)] if index is None else k_scale[head, row, i])
 
             def step(i, carry, ragged=False):
-                acc, m, total, scale = carry
+                acc, m, total, factor = carry
                 ahead = scale_of(i + 1)  # the load is in flight during this step
                 slot = lax.rem(i, stages)
                 bar = ring * stages + slot
                 plgpu.barrier_wait(ref["k_full"].at[bar])
                 s = hw.product(
-                    ref["q_smem"].at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)), (hw.ROWS, bk), jnp.int32
+                    ref["q_smem"].at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)), (hw.ROWS, bk), sums
                 )
                 plgpu.barrier_arrive(ref["k_empty"].at[bar])
                 s = s.astype(jnp.float32)
@@ -196,13 +228,15 @@ def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dty
                     valid = jnp.where(block(row, i) == blocks - 1, tail, bk)
                     column = plgpu.broadcasted_iota(jnp.int32, (bk,), 0, layout=hw.PER_COLUMN)
                     s = jnp.where(hw.per_column(column, s) < valid, s, -jnp.inf)
-                new_m = jnp.maximum(m, s.max(axis=1) * scale)
+                new_m = jnp.maximum(m, s.max(axis=1) * factor)
                 alpha = jnp.exp2(m - new_m)
-                p = jnp.exp2(s * scale - hw.per_row(new_m - LOG2_E4M3_MAX, s))
+                p = jnp.exp2(s * factor - hw.per_row(new_m - offset, s))
                 total = total * alpha + p.sum(axis=1)
-                p8 = hw.to_fp8(p, ref["p_smem"].at[wg] if interpret else None)
+                stage = ref["p_smem"].at[wg] if interpret else None
+                p = hw.to_fp8(p, stage) if quantized else hw.to_16bit(p, dtype, stage)
                 plgpu.barrier_wait(ref["v_full"].at[bar])
-                pv = hw.product(p8, ref["v_smem"].at[ring, slot].transpose((1, 0)), (hw.ROWS, dim))
+                values = ref["v_smem"].at[ring, slot]
+                pv = hw.product(p, values.transpose((1, 0)) if quantized else values, (hw.ROWS, dim))
                 plgpu.barrier_arrive(ref["v_empty"].at[bar])
                 return acc * hw.per_row(alpha, acc) + pv, new_m, total, ahead
 
@@ -218,10 +252,12 @@ def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dty
                 carry, begin = step(jnp.int32(0), carry, ragged=True), 1
             acc, m, total, _ = lax.fori_loop(begin, steps, step, carry)
 
-            v_scale = plgpu.load(ref["v_scale"].at[head], layout=hw.PER_COLUMN, optimized=False)
-            acc = acc * hw.per_row(1.0 / total, acc) * hw.per_column(v_scale, acc)
+            acc = acc * hw.per_row(1.0 / total, acc)
+            if quantized:
+                v_scale = plgpu.load(ref["v_scale"].at[head], layout=hw.PER_COLUMN, optimized=False)
+                acc = acc * hw.per_column(v_scale, acc)
             ref["o_smem"].at[wg][...] = acc.astype(dtype)
-            ref["lse_smem"].at[wg][...] = m + jnp.log2(total) - LOG2_E4M3_MAX
+            ref["lse_smem"].at[wg][...] = m + jnp.log2(total) - offset
             plgpu.commit_smem()
             batch, h = head // heads, head % heads
             plgpu.copy_smem_to_gmem(ref["o_smem"].at[wg], ref["out"].at[batch, pl.ds(first, hw.ROWS), h])
@@ -242,15 +278,14 @@ def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dty
                     for ring in range(rings):
                         pl.when(warp == ring)(functools.partial(produce, ring))
 
-    inputs = {"q": q8, "q_scale": q_scale, "k": k8, "k_scale": k_scale, "vt": vt8, "v_scale": v_scale}
-    if index is not None:
-        inputs["index"] = index
+    inputs = {"q": q, "q_scale": q_scale, "k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale, "index": index}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
     slots = rings * stages
     arrivals = WARPGROUPS // rings
     scratch = {
-        "q_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), jnp.int8),
-        "k_smem": plgpu.SMEM((rings, stages, bk, dim), jnp.int8),
-        "v_smem": plgpu.SMEM((rings, stages, dim, bk), jnp.float8_e4m3fn),
+        "q_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), q.dtype),
+        "k_smem": plgpu.SMEM((rings, stages, bk, dim), k.dtype),
+        "v_smem": plgpu.SMEM((rings, stages, *((dim, bk) if quantized else (bk, dim))), v.dtype),
         "o_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), dtype),
         "lse_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
@@ -260,9 +295,9 @@ def hopper_sage(q8, q_scale, k8, k_scale, vt8, v_scale, index, *, shape, lk, dty
         "v_empty": plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots),
     }
     if interpret:
-        scratch["p_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, bk), jnp.float8_e4m3fn)
+        scratch["p_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, bk), v.dtype)
     names = [*inputs, "out", "lse", *scratch]
-    body.__name__ = "sage_dense" if index is None else "sage_sparse"
+    body.__name__ = ("sage" if quantized else "attention") + ("_dense" if index is None else "_sparse")
     kernel = plgpu.kernel(
         body,
         out_type=(

@@ -1,0 +1,94 @@
+"""Sparse-linear attention is its two branches, each as the reference defines it, and so are its derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_reference import attention, inputs, relative
+
+from pallas_kernels import block_sparse_attention, sla_block_map, sparse_linear_attention
+
+FEATURES = {
+    "softmax": lambda x: (
+        np.exp(x - x.max(-1, keepdims=True)) / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    ),
+    "elu": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+SIZES = {"topk": 0.4, "block_q": 32, "block_k": 16}
+
+
+def projection(dim, seed=3):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((dim, dim)) / np.sqrt(dim), rng.standard_normal(dim)
+
+
+def expected(q, k, v, w, b, feature_map):
+    """Both branches in float64, the linear one over all keys, token by token."""
+    index = sla_block_map(jnp.asarray(q), jnp.asarray(k), **SIZES)
+    sparse, _ = attention(q, k, v, index, SIZES["block_q"], SIZES["block_k"])
+    fq, fk = (FEATURES[feature_map](np.asarray(x, np.float64)) for x in (q, k))
+    weights = np.einsum("blhd,bshd->bhls", fq, fk)
+    linear = np.einsum("bhls,bshd->blhd", weights / (1e-5 + weights.sum(-1, keepdims=True)), np.asarray(v, np.float64))
+    return sparse + linear @ w.T + b
+
+
+@pytest.mark.parametrize("feature_map", FEATURES)
+@pytest.mark.parametrize(
+    # As in test_block_sparse_attention; bfloat16 also rounds the linear branch's features and state.
+    ("dtype", "quantized", "bound"),
+    [("float32", False, 1e-5), ("bfloat16", False, 1e-2), ("bfloat16", True, 5e-2)],
+)
+def test_equals_both_branches(feature_map, dtype, quantized, bound):
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs("gaussian", 2, 150, 150, 3, 32))
+    w, b = (jnp.asarray(x, dtype) for x in projection(32))
+    got = sparse_linear_attention(q, k, v, w, b, quantized=quantized, feature_map=feature_map, **SIZES)
+    wide = (np.asarray(x, np.float64) for x in (w, b))
+    assert relative(got, expected(q, k, v, *wide, feature_map)) <= bound
+
+
+def test_a_zero_projection_leaves_the_sparse_branch():
+    q, k, v = inputs("gaussian", 1, 100, 100, 2, 32)
+    got = sparse_linear_attention(q, k, v, jnp.zeros((32, 32)), jnp.zeros(32), **SIZES)
+    index = sla_block_map(q, k, **SIZES)
+    want = block_sparse_attention(q, k, v, index, block_q=SIZES["block_q"], block_k=SIZES["block_k"])
+    np.testing.assert_array_equal(got, want)
+
+
+def test_derivatives_are_those_of_finite_differences():
+    """Both modes, all five inputs, in float64. The point is generic: no choice of blocks changes within the step."""
+    with jax.enable_x64(True):
+        arrays = [np.asarray(x, np.float64) for x in inputs("gaussian", 1, 40, 40, 2, 16)]
+        point = tuple(jnp.asarray(x) for x in [*arrays, *projection(16)])
+        rng = np.random.default_rng(1)
+        direction = tuple(jnp.asarray(rng.standard_normal(x.shape)) for x in point)
+        weights = jnp.asarray(rng.standard_normal(point[0].shape))
+        op = functools.partial(sparse_linear_attention, topk=0.4, block_q=16, block_k=8)
+        loss = jax.jit(lambda *args: jnp.sum(op(*args) * weights))
+
+        def along(step):
+            return loss(*(x + step * d for x, d in zip(point, direction, strict=True)))
+
+        difference = (along(1e-5) - along(-1e-5)) / 2e-5
+        gradients = jax.grad(loss, argnums=tuple(range(5)))(*point)
+        reverse = sum(jnp.vdot(g, d) for g, d in zip(gradients, direction, strict=True))
+        assert float(jax.jvp(loss, point, direction)[1]) == pytest.approx(float(difference), rel=1e-6)
+        assert float(reverse) == pytest.approx(float(difference), rel=1e-6)
+
+
+def test_the_quantised_op_has_no_derivative():
+    q, k, v = inputs("gaussian", 1, 32, 32, 1, 16)
+    w, b = jnp.zeros((16, 16)), jnp.zeros(16)
+    with pytest.raises(NotImplementedError, match="quantised"):
+        jax.grad(lambda q: sparse_linear_attention(q, k, v, w, b, quantized=True, **SIZES).sum())(q)
+
+
+@pytest.mark.parametrize(
+    ("w", "feature_map", "message"), [((16, 8), "softmax", "proj_w"), ((16, 16), "hedgehog", "feature_map 'hedgehog'")]
+)
+def test_what_does_not_fit_is_named(w, feature_map, message):
+    q, k, v = inputs("gaussian", 1, 32, 32, 1, 16)
+    with pytest.raises(ValueError, match=message):
+        sparse_linear_attention(q, k, v, jnp.zeros(w), jnp.zeros(16), feature_map=feature_map, **SIZES)
