@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from turbojax.checkpoint import load_component
 from turbojax.config import VAEConfig
 from turbojax.train import data
 from turbojax.train import vae as training
@@ -85,6 +86,7 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not(codec, tmp_path, monk
     lines = [json.loads(x) for x in (tmp_path / "cut/decoder/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
     assert np.asarray(Image.open(tmp_path / "cut/decoder/sheet.png")).shape == (3 * 128, 6 * 128, 3)
+    assert load_component(tmp_path / "cut/decoder/vae").config == MODEL
     # The joint part starts where this one ended, and takes from it only what it trained.
     joint = VAEStage(config("joint", tmp_path / "cut", pca=codec[1]), codec[0])
     assert moved(joint.init().params, joint._params) == {"decoder", "post_quant_conv"}

@@ -27,6 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
+from turbojax.checkpoint import save_component
 from turbojax.config import PRESETS, VAEConfig
 from turbojax.models.vae import WanVAE
 from turbojax.train import data, loop
@@ -210,8 +211,8 @@ def state_path(out: Path, part: Part) -> Path:
 def train_vae(config: TrainVAEConfig) -> Mapping[str, Mapping[str, float]]:
     """Run or resume one part; returns its last evaluation.
 
-    Part pca leaves `pca_path`; the others leave in `out`/{part}: state.safetensors, metrics.jsonl, and sheet.png
-    with three rows a clip: true, decoded from its PCA latents, and round trip.
+    Part pca leaves `pca_path`; the others leave in `out`/{part}: state.safetensors, metrics.jsonl, the component
+    folder vae/, and sheet.png with three rows a clip: true, decoded from its PCA latents, and round trip.
     """
     if config.part == "pca":
         return {"pca": fit_codec(config)}
@@ -236,7 +237,8 @@ def train_vae(config: TrainVAEConfig) -> Mapping[str, Mapping[str, float]]:
         log_every=config.log_every,
         sample_every=config.eval_every,
     )
-    loop.run(stage, settings, sample)
+    state = loop.run(stage, settings, sample)
+    save_component(folder / "vae", stage.vae(state.params), format="safetensors", overwrite=True)
     return report
 
 
