@@ -180,8 +180,8 @@ def _rung(preset, graphdef, states, attention, guided, repeats, inputs) -> dict[
         "median": round(median, 4),
         "compile_seconds": round(compile_seconds, 1),
         "finite": bool(jnp.isfinite(result).all()),
-        "temporary_bytes": analysis.temp_size_in_bytes,
-        "argument_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
+        "argument_bytes": getattr(analysis, "argument_size_in_bytes", None),
         "peak_bytes_in_use": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
     if guided:

@@ -11,14 +11,15 @@ norms, modulation, the time embedding and the head stay float32.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 import pallas_kernels as kernels
 from turbojax.attention import DENSE, AttentionConfig, attend
@@ -131,18 +132,17 @@ class WanDiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike | None = None):
         self.config = config
-        dtype = jnp.bfloat16 if dtype is None else jnp.dtype(dtype)
-        self.dtype = dtype
+        self.dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
         dim, f32 = config.dim, jnp.float32
-        self.patch_embedding = Linear(config.in_channels * config.patch_volume, dim, rngs=rngs, dtype=dtype)
-        self.text_embedding = MLP((config.text_dim, dim, dim), rngs=rngs, dtype=dtype)
+        self.patch_embedding = Linear(config.in_channels * config.patch_volume, dim, rngs=rngs, dtype=self.dtype)
+        self.text_embedding = MLP((config.text_dim, dim, dim), rngs=rngs, dtype=self.dtype)
         self.time_embedding = MLP((config.freq_dim, dim, dim), rngs=rngs, dtype=f32)
         self.time_projection = Linear(dim, 6 * dim, rngs=rngs, dtype=f32)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs, dtype=dtype)
+            return Block(config, rngs=rngs, dtype=self.dtype)
 
         self.blocks = stack(rngs)
         self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, dim)) / dim**0.5)
@@ -170,27 +170,11 @@ class WanDiT(nnx.Module):
         unroll: layers per `lax.scan` step (True: a plain loop); remat: recompute each block in the backward pass.
         Raises ValueError for a shape that the model cannot take.
         """
-        config = self.config
-        _check(latents.shape, context.shape, config)
-        grid = tuple(n // p for n, p in zip(latents.shape[1:4], config.patch_size, strict=True))
-        tokens = self.patch_embedding(patchify(latents.astype(self.dtype), config.patch_size))
-        if round_timestep:
-            timestep = timestep.astype(jnp.bfloat16)
-        time, time6 = self.embed_time(timestep)
-        text = self.embed_text(context)
-        rope = tuple(map(jnp.asarray, rope_table(grid, config.head_dim)))
-
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, state)(x, time6, text, rope, attention), None
-
-        body = jax.checkpoint(layer) if remat else layer
-        tokens, _ = jax.lax.scan(body, tokens, stacked, unroll=unroll)
-
-        shift, scale = jnp.split(self.head_modulation[...] + time[:, None], 2, axis=1)
-        out = self.head(self.head.modulated(tokens.astype(jnp.float32), shift, scale, config.eps))
-        return unpatchify(out, grid, config.patch_size)
+        latents, timestep, context = jnp.asarray(latents), jnp.asarray(timestep), jnp.asarray(context)
+        _check(latents.shape, context.shape, self.config)
+        graph, state = nnx.split(self)
+        options = _Options(attention, round_timestep, unroll, remat)
+        return _forward(state, latents, timestep, context, graph=graph, options=options)
 
     def embed_time(self, timestep: Float[Array, "B"]) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
         """The time vector (for the head) and its six projections (for the blocks), float32."""
@@ -202,6 +186,48 @@ class WanDiT(nnx.Module):
         """Text encoder rows to the model's width."""
         mlp = self.text_embedding
         return mlp.linear_2(jax.nn.gelu(mlp.linear_1(context.astype(self.dtype)), approximate=True))
+
+
+class _Options(NamedTuple):
+    attention: AttentionConfig
+    round_timestep: bool
+    unroll: bool | int
+    remat: bool
+
+
+# Compiled once a shape: a scan run eagerly would be compiled again at every call.
+@partial(jax.jit, static_argnames=("graph", "options"))
+def _forward(
+    state: PyTree[Array],
+    latents: Float[Array, "B t h w C"],
+    timestep: Float[Array, "B"],
+    context: Float[Array, "B S text_dim"],
+    *,
+    graph: nnx.GraphDef[WanDiT],
+    options: _Options,
+) -> Float[Array, "B t h w C_out"]:
+    model = nnx.merge(graph, state)
+    config = model.config
+    (t, h, w), (kt, kh, kw) = latents.shape[1:4], config.patch_size
+    grid = t // kt, h // kh, w // kw
+    tokens = model.patch_embedding(patchify(latents.astype(model.dtype), config.patch_size))
+    if options.round_timestep:
+        timestep = timestep.astype(jnp.bfloat16)
+    time, time6 = model.embed_time(timestep)
+    text = model.embed_text(context)
+    cos, sin = rope_table(grid, config.head_dim)
+    rope = jnp.asarray(cos), jnp.asarray(sin)
+    block, layers = nnx.split(model.blocks)
+
+    def layer(x: Array, layer_state: PyTree[Array]) -> tuple[Array, None]:
+        return nnx.merge(block, layer_state)(x, time6, text, rope, options.attention), None
+
+    body = jax.checkpoint(layer) if options.remat else layer
+    tokens, _ = jax.lax.scan(body, tokens, layers, unroll=options.unroll)
+
+    shift, scale = jnp.split(model.head_modulation[...] + time[:, None], 2, axis=1)
+    out = model.head(model.head.modulated(tokens.astype(jnp.float32), shift, scale, config.eps))
+    return unpatchify(out, grid, config.patch_size)
 
 
 def patchify(latents: Float[Array, "B t h w C"], patch: tuple[int, int, int]) -> Float[Array, "B L features"]:

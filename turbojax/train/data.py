@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -22,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (48, 92, 236),
     "yellow": (242, 214, 48),
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 MOTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 # Never trained on: every colour, motion and shape occurs in it, no two together in more than one row.
@@ -172,9 +173,9 @@ def clips(
     seed: int,
     count: int,
     combinations: Sequence[tuple[str, str, str]] = TRAINED,
-    **ranges: tuple[float, float],
+    **ranges: Any,
 ) -> list[Scene]:
-    """`count` scenes of the given combinations, each combination as often as the others."""
+    """`count` scenes of the given combinations, each as often as the others; ranges: `sample_scene`'s."""
     rng = np.random.default_rng(seed)
     order = [combinations[i % len(combinations)] for i in range(count)]
     rng.shuffle(order)

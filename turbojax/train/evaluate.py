@@ -39,7 +39,7 @@ def pairs(count: int, seed: int = 0) -> list[tuple[Combination, int]]:
     rng = np.random.default_rng(seed)
     order = list(data.COMBINATIONS)
     rng.shuffle(order)
-    return [(tuple(order[i % len(order)]), 1000 + i) for i in range(count)]
+    return [(order[i % len(order)], 1000 + i) for i in range(count)]
 
 
 def prompt_of(combination: Combination) -> str:

@@ -56,9 +56,9 @@ class TeacherState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    latents: Float[Array, "B t h w C"]
-    ids: Int[Array, "B L"]
-    mask: Int[Array, "B L"]
+    latents: Any  # [B,t,h,w,C], float
+    ids: Any  # [B,L], int32
+    mask: Any  # [B,L], int32
 
 
 class Captions:
@@ -105,7 +105,9 @@ class Teacher:
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
         return TeacherState(params, jax.tree.map(jnp.copy, params), self.optimizer.init(params))
 
-    def context(self, params: PyTree, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def context(
+        self, params: PyTree, ids: Int[Array | np.ndarray, "B L"], mask: Int[Array | np.ndarray, "B L"]
+    ) -> Float[Array, "B L D"]:
         return nnx.merge(self.text, params["text"])(ids, mask)
 
     def velocity(
@@ -123,11 +125,12 @@ class Teacher:
 
     def step(self, state: TeacherState, batch: Batch, key: jax.Array) -> tuple[TeacherState, Mapping[str, jax.Array]]:
         loss, grads = jax.value_and_grad(lambda p: jnp.mean(self.losses(p, batch, key)))(state.params)
+        opt_state: Any
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = self.config.optimizer.ema
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "skipped": opt_state.total_notfinite}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "skipped": opt_state.total_notfinite}
         return TeacherState(params, ema, opt_state), metrics
 
     def batch(self, step: int) -> Batch:
