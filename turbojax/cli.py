@@ -14,6 +14,7 @@ from turbojax.errors import UserError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("turbojax.cli_generate", "turn a prompt into a video"),
     "train": ("turbojax.train.cli", "train a part of the small model"),
+    "evaluate": ("turbojax.cli_evaluate", "measure what a small model's clips show"),
     "convert": ("convert.cli", "convert PyTorch checkpoints"),
     "inspect": ("convert.cli", "say what a checkpoint is and what it would become"),
     "export": ("convert.cli", "write a converted component for PyTorch"),
