@@ -13,7 +13,7 @@ from turbojax.train import sla
 from turbojax.train.student import AdamConfig, Drawn, Networks
 from turbojax.train.trigflow import LogNormal
 
-CONFIG = DiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8)
+CONFIG = DiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=8)
 WHOLE, SPARSE = (AttentionConfig("sla", topk=k, block_q=4, block_k=2) for k in (1.0, 0.25))
 
 
@@ -41,11 +41,11 @@ def stage(attention=SPARSE, **changes):
 
 
 def test_student_of_all_blocks_starts_as_its_teacher():
-    start = stage(WHOLE)
-    losses = start.losses(start.init().params, start.batch(0), jax.random.key(0))
-    np.testing.assert_allclose(losses, 0, atol=1e-9)
-    sparse = stage()
-    assert (np.asarray(sparse.losses(sparse.init().params, sparse.batch(0), jax.random.key(0))) > 1e-6).all()
+    def distance(it):
+        return np.asarray(jax.jit(it.losses)(it.init().params, it.batch(0), jax.random.key(0)))
+
+    np.testing.assert_allclose(distance(stage(WHOLE)), 0, atol=1e-9)
+    assert (distance(stage()) > 1e-6).all()
 
 
 def test_white_box_loss_is_the_mean_squared_distance():
@@ -54,10 +54,7 @@ def test_white_box_loss_is_the_mean_squared_distance():
     np.testing.assert_allclose(losses, 9.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("what", "moves"),
-    [("all", ("ffn", "self_attn", "proj_l")), ("attention", ("self_attn", "proj_l")), ("proj_l", ("proj_l",))],
-)
+@pytest.mark.parametrize(("what", "moves"), [("attention", "self_attn"), ("proj_l", "proj_l")])
 def test_only_what_is_named_moves(what, moves):
     it = stage(trained=what)
     before = it.init()
@@ -68,10 +65,9 @@ def test_only_what_is_named_moves(what, moves):
         jax.tree_util.tree_leaves_with_path(before.params), jax.tree.leaves(state.params), strict=True
     ):
         name = jax.tree_util.keystr(path)
-        expected = what == "all" or any(m in name for m in moves)
         # A bias of keys shifts every score alike and never has a gradient; weight decay leaves zeros alone.
         if "['k']['bias']" not in name and "['q']['bias']" not in name:
-            assert bool(np.any(old != new)) == expected, name
+            assert bool(np.any(old != new)) == (moves in name), name
 
 
 @pytest.mark.parametrize("loss", ["white_box", "black_box"])

@@ -39,7 +39,7 @@ def add_arguments(subparsers: Any) -> None:
     sla.add_argument("--loss", choices=("white_box", "black_box"), default="white_box")
     sla.add_argument("--trained", choices=("all", "attention", "proj_l"), default="all", help="what moves")
     sla.add_argument("--guidance", type=float, default=1.0, help="of the teacher that white_box follows")
-    sla.add_argument("--steps", type=int, default=600)
+    sla.add_argument("--steps", type=int, default=500)
     rcm = stages.add_parser("rcm", help="distil to few steps")
     rcm.add_argument("--guidance", type=float, default=3.0, help="of the teacher: the student takes it in")
     rcm.add_argument("--consistency", choices=("continuous", "discrete"), default="continuous")

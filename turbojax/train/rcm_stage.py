@@ -17,7 +17,7 @@ from turbojax.attention import AttentionConfig
 from turbojax.samplers.rcm import MID_TIMES
 from turbojax.train import ema, rcm
 from turbojax.train.flow import Velocity
-from turbojax.train.student import SLA, AdamConfig, Clips, Networks
+from turbojax.train.student import SLA, AdamConfig, Clips, HostArray, Networks, skipped
 from turbojax.train.trigflow import Latents, LogNormal, Times, UniformShift
 
 Phase = Literal["consistency", "both", "critic"]
@@ -97,10 +97,10 @@ class RCMState(NamedTuple):
 class RCMBatch:
     """One step's data. The phase is static: each has a program of its own."""
 
-    latents: np.ndarray
-    context: np.ndarray
-    simulation_steps: np.ndarray
-    warmup: np.ndarray
+    latents: HostArray
+    context: HostArray
+    simulation_steps: HostArray
+    warmup: HostArray
     phase: Phase
 
 
@@ -143,7 +143,7 @@ class RCMStage:
         changes, student_opt = self.student_optimizer.update(grads, state.student_opt, state.student)
         student = optax.apply_updates(state.student, changes)
         average = ema.update(state.ema, student, self.config.ema_rate, state.updates)
-        metrics |= {"student_grad_norm": optax.global_norm(grads), "skipped": student_opt.total_notfinite}
+        metrics |= {"student_grad_norm": optax.tree.norm(grads), "skipped": skipped(student_opt)}
         state = state._replace(student=student, ema=average, student_opt=student_opt, updates=state.updates + 1)
         return state, metrics
 
@@ -160,8 +160,8 @@ class RCMStage:
         critic = optax.apply_updates(state.critic, changes)
         metrics = {
             "critic": loss,
-            "critic_grad_norm": optax.global_norm(grads),
-            "critic_skipped": critic_opt.total_notfinite,
+            "critic_grad_norm": optax.tree.norm(grads),
+            "critic_skipped": skipped(critic_opt),
         }
         return state._replace(critic=critic, critic_opt=critic_opt), metrics
 

@@ -19,13 +19,13 @@ from turbojax.attention import AttentionConfig
 from turbojax.train import ema
 from turbojax.train.flow import Velocity, add_noise
 from turbojax.train.rcm import guided
-from turbojax.train.student import SLA, AdamConfig, Clips, Drawn, Networks
+from turbojax.train.student import SLA, AdamConfig, Clips, Drawn, Networks, skipped
 from turbojax.train.trigflow import Latents, LogNormal, Times, rf_time
 
 Trained = Literal["all", "attention", "proj_l"]
 
 # The published distribution of noise levels, and a rate that suits a network of a million parameters.
-TIMES, ADAM = LogNormal(1.5, 1.6), AdamConfig(5e-4, hold=0.5)
+TIMES, ADAM = LogNormal(1.5, 1.6), AdamConfig(6e-4, b2=0.99, warmup=30, hold=0.3)
 
 
 def white_box_losses(
@@ -47,7 +47,7 @@ def trained_leaves(params: PyTree, what: Trained) -> PyTree:
 class SLAConfig:
     """What a fine-tuning run does. `loss`: white_box (the teacher's velocity) or black_box (noise - latents)."""
 
-    steps: int = 600
+    steps: int = 500
     batch: int = 8
     seed: int = 0
     attention: AttentionConfig = SLA
@@ -98,7 +98,7 @@ class SLAStage:
         changes, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         average = ema.update(state.ema, params, self.config.ema_rate, state.updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "skipped": opt_state.total_notfinite}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "skipped": skipped(opt_state)}
         return SLAState(params, average, opt_state, state.updates + 1), metrics
 
     def batch(self, step: int) -> Drawn:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from turbojax.attention import DENSE, AttentionConfig
 from turbojax.checkpoint import load_component, save_component
@@ -24,6 +24,9 @@ from turbojax.train import data, loop
 from turbojax.train.encoded import encode_scenes
 from turbojax.train.pca import PCALatents
 from turbojax.train.teacher import SHIPPED_TOKENIZER, TEXT_ENCODER, Captions
+
+# NumPy where a batch is made, traced inside the step that takes it.
+HostArray = Any
 
 # 320 tokens of the small model: 10 query blocks (half a frame each), 20 key blocks (two rows each), 5 of them kept.
 SLA = AttentionConfig(kind="sla", topk=0.25, block_q=32, block_k=16)
@@ -61,6 +64,11 @@ class AdamConfig:
             frozen = jax.tree.map(lambda moves: not moves, trained)
             optimizer = optax.chain(optax.masked(optimizer, trained), optax.masked(optax.set_to_zero(), frozen))
         return optax.apply_if_finite(optimizer, max_consecutive_errors=100)
+
+
+def skipped(opt_state: Any) -> Array:
+    """How many steps `AdamConfig.make`'s optimiser left out because a gradient was not finite."""
+    return opt_state.total_notfinite
 
 
 class Networks:
@@ -126,8 +134,8 @@ def _graft(fresh: Mapping[Any, Any], teacher: Mapping[Any, Any]) -> dict[Any, An
 class Drawn(NamedTuple):
     """latents [B,t,h,w,C] and the text encoder's rows for their captions [B,L,D]."""
 
-    latents: np.ndarray
-    context: np.ndarray
+    latents: HostArray
+    context: HostArray
 
 
 class Clips:
@@ -138,7 +146,7 @@ class Clips:
         latents: np.ndarray,
         combinations: Sequence[tuple[str, str, str]],
         tokenizer: Tokenizer,
-        encode: Callable[[Array, Array], Array],
+        encode: Callable[[Any, Any], Array],
         seed: int,
     ):
         self.latents, self.combinations, self.seed = latents, combinations, seed
@@ -147,8 +155,8 @@ class Clips:
         self.contexts = np.asarray(encode(self.captions.ids, self.captions.mask), np.float32)
 
     @property
-    def empty(self) -> Float[np.ndarray, "1 L D"]:
-        """The empty prompt, for guidance."""
+    def empty(self) -> HostArray:
+        """The empty prompt's rows [1, L, D], for guidance."""
         return self.contexts[-1:]
 
     def draw(self, step: int, count: int, dropout: float = 0.0) -> Drawn:

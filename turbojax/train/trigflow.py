@@ -10,7 +10,7 @@ TurboDiffusion). Times that are known while tracing are NumPy float64; drawn one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,21 @@ class Prediction(NamedTuple):
     F: Latents
 
 
-def rf_time(t: Float[Array, "..."] | np.ndarray | float) -> Array | np.ndarray:
+@overload
+def rf_time(t: Float[Array, "..."]) -> Float[Array, "..."]: ...
+@overload
+def rf_time(t: np.ndarray | float) -> np.ndarray: ...
+def rf_time(t: Any) -> Any:
     """TrigFlow angle to the rectified flow's s; float64 on the host for NumPy and Python numbers."""
     xp = jnp if isinstance(t, jax.Array) else np
     return xp.sin(t) / (xp.sin(t) + xp.cos(t))
 
 
-def trig_time(s: Float[Array, "..."] | np.ndarray | float) -> Array | np.ndarray:
+@overload
+def trig_time(s: Float[Array, "..."]) -> Float[Array, "..."]: ...
+@overload
+def trig_time(s: np.ndarray | float) -> np.ndarray: ...
+def trig_time(s: Any) -> Any:
     """The inverse of `rf_time`, exact at s = 1 too."""
     xp = jnp if isinstance(s, jax.Array) else np
     return xp.arctan2(s, 1.0 - s)
