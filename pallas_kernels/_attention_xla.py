@@ -177,7 +177,7 @@ def block_sparse_xla(
         vb = blocks(v8.astype(jnp.bfloat16), block_k)
         k_scale = k_scale.reshape(n * nk)
 
-        def body(qb, q_scale, index, head):
+        def quantized_body(qb, q_scale, index, head):
             s = jnp.einsum("nqd,nkd->nqk", qb, gather(kb, index, head), preferred_element_type=jnp.int32)
             column = jnp.repeat(k_scale[index + nk * head[:, None]], block_k, axis=1)
             s = s.astype(jnp.float32) * (q_scale[:, None, None] * column[:, None, :])
@@ -185,18 +185,18 @@ def block_sparse_xla(
             o = _fp8_product(p, total, gather(vb, index, head), v_scale[head][:, None])
             return o.astype(q.dtype), lse
 
-        arrays = (qb, q_scale.reshape(n * nq) * scale, index, head)
+        body, arrays = quantized_body, (qb, q_scale.reshape(n * nq) * scale, index, head)
     else:
         kb, vb = blocks(k, block_k), blocks(v, block_k)
 
-        def body(qb, index, head):
+        def exact_body(qb, index, head):
             s = jnp.einsum("nqd,nkd->nqk", qb, gather(kb, index, head), preferred_element_type=dtype)
             p, total, lse = _softmax(mask_end(s * scale, index))
             vs = gather(vb, index, head)
             o = jnp.einsum("nqk,nkd->nqd", p.astype(v.dtype), vs, preferred_element_type=dtype)
             return (o / total).astype(q.dtype), lse
 
-        arrays = (blocks(q, block_q), index, head)
+        body, arrays = exact_body, (blocks(q, block_q), index, head)
 
     # Per query block: scores, probabilities and a low-precision copy; gathered K and V.
     bytes_each = keys * (block_q * 12 + dim * 2 * q.dtype.itemsize)

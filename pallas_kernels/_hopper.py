@@ -58,7 +58,7 @@ def product(a, b, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return lax.optimization_barrier(pl.run_scoped(body, plgpu.ACC(shape, dtype)))
+    return lax.optimization_barrier(pl.run_scoped(body, plgpu.WGMMAAccumulatorRef(shape, dtype)))
 
 
 def to_fp8(p: jax.Array, stage) -> jax.Array:
@@ -80,7 +80,7 @@ def to_fp8(p: jax.Array, stage) -> jax.Array:
     def repack(_, x):
         return _repack(x)
 
-    return repack(p)
+    return repack(p)  # pyright: ignore[reportCallIssue]  (the decorator binds the context)
 
 
 def to_16bit(p: jax.Array, dtype, stage):

@@ -60,7 +60,9 @@ def block_sparse_attention(
 
     def xla(q, k, v, block_index):
         index = block_index.reshape(b * h, *block_index.shape[2:])
-        o, lse = block_sparse_xla(*map(heads_first, (q, k, v)), index, scale, block_q, block_k, quantized)
+        o, lse = block_sparse_xla(
+            heads_first(q), heads_first(k), heads_first(v), index, scale, block_q, block_k, quantized
+        )
         return heads_last(o, q.shape), lse.reshape(b, h, lq)
 
     def kernel(q, k, v, block_index, interpret):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,10 @@ def dense_attention(
     check_qkv("dense_attention", q, k, v)
     scale = default_scale(q.shape[-1]) if scale is None else scale
 
-    def xla(q, k, v):
+    def xla(q, k, v) -> Any:
         if 4 * q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] <= WHOLE_BYTES:
             return dense_whole(q, k, v, scale)
-        return heads_last(dense_xla(*map(heads_first, (q, k, v)), scale), q.shape)
+        return heads_last(dense_xla(heads_first(q), heads_first(k), heads_first(v), scale), q.shape)
 
     def cudnn(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")

@@ -53,7 +53,7 @@ def sage_attention(
     scale = default_scale(q.shape[-1]) if scale is None else scale
 
     def xla(q, k, v):
-        o = sage_xla(*map(heads_first, (q, k, v)), scale, BLOCK_Q, BLOCK_K, smooth_k)
+        o = sage_xla(heads_first(q), heads_first(k), heads_first(v), scale, BLOCK_Q, BLOCK_K, smooth_k)
         return heads_last(o, q.shape)
 
     def kernel(q, k, v, interpret):
