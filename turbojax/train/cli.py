@@ -44,8 +44,10 @@ def add_arguments(subparsers: Any) -> None:
     rcm.add_argument("--guidance", type=float, default=3.0, help="of the teacher: the student takes it in")
     rcm.add_argument("--consistency", choices=("continuous", "discrete"), default="continuous")
     rcm.add_argument("--steps", type=int, default=2000, help="updates of student and critic together")
+    rcm.add_argument("--student-every", type=int, default=5, help="one student update in so many, then critic's")
+    rcm.add_argument("--tangent-warmup", type=int, default=200, help="updates of consistency alone, at first")
     for stage in (sla, rcm):
-        stage.add_argument("--teacher", type=Path, required=True, help="folder with dit/ and text_encoder/")
+        stage.add_argument("--teacher", type=Path, required=True, help="exported teacher, or pipeline folder")
         stage.add_argument("--start", type=Path, help="student to go on from (default: the teacher, proj_l zero)")
         stage.add_argument("--pca", type=Path, required=True, help="pca.npz of the vae stage")
         stage.add_argument("--clips", type=int, default=16384, help="scenes drawn and encoded once")
@@ -92,6 +94,7 @@ def _run_student(args: argparse.Namespace) -> int:
     if args.stage == "sla":
         stage = SLAStage(SLAConfig(loss=args.loss, trained=args.trained, **shared), networks, clips, start)
     else:
+        shared |= {"student_every": args.student_every, "tangent_warmup": args.tangent_warmup}
         stage = RCMStage(RCMConfig(consistency=args.consistency, **shared), networks, clips, start)
     state = student.train(stage, steps=args.steps, out=args.out, seed=args.seed)
     if args.export:

@@ -24,7 +24,7 @@ Phase = Literal["consistency", "both", "critic"]
 
 # The published distributions of noise levels (1.3B), and rates that suit a network of a million parameters.
 CONSISTENCY_TIMES, CRITIC_TIMES = LogNormal(0.7, 1.6), UniformShift(5.0)
-ADAM = AdamConfig(3e-4, b1=0.0)
+ADAM = AdamConfig(1.5e-4, b1=0.0, b2=0.99, warmup=20, hold=0.5)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from turbojax.attention import DENSE, AttentionConfig
 from turbojax.checkpoint import load_component, save_component
 from turbojax.config import PRESETS
 from turbojax.models.dit import WanDiT
+from turbojax.pipeline_config import PipelineConfig
 from turbojax.tokenizer import Tokenizer
 from turbojax.train import data, loop
 from turbojax.train.encoded import encode_scenes
@@ -84,13 +85,13 @@ class Networks:
         self.teacher_params = nnx.to_pure_dict(state)
         linear = attention.kind in ("sla", "sagesla")
         self.config = dataclasses.replace(teacher.config, linear_branch=linear)
-        fresh = WanDiT(self.config, rngs=nnx.Rngs(0), dtype=teacher.dtype)
-        self._student, state = nnx.split(fresh)
-        self._fresh = nnx.to_pure_dict(state)
+        shape = nnx.eval_shape(lambda: WanDiT(self.config, rngs=nnx.Rngs(0), dtype=teacher.dtype))
+        self._student, state = nnx.split(shape)
+        self._shapes = nnx.to_pure_dict(state)
 
     def graft(self) -> PyTree:
         """The student at the start, in float32: the teacher's weights, and zero where it has none."""
-        return _graft(self._fresh, self.teacher_params)
+        return _graft(self._shapes, self.teacher_params)
 
     def teacher_copy(self) -> PyTree:
         """The teacher's weights in float32: where the critic starts."""
@@ -115,13 +116,13 @@ class Networks:
 
     def export(self, params: PyTree, folder: Path) -> None:
         """Write a student as a component, in the dtypes that the model keeps (bfloat16 but for what stays float32)."""
-        params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, self._fresh)
+        params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, self._shapes)
         save_component(folder, (self.config, params), format="safetensors", overwrite=True)
 
 
-def _graft(fresh: Mapping[Any, Any], teacher: Mapping[Any, Any]) -> dict[Any, Any]:
+def _graft(shapes: Mapping[Any, Any], teacher: Mapping[Any, Any]) -> dict[Any, Any]:
     grafted = {}
-    for name, value in fresh.items():
+    for name, value in shapes.items():
         if isinstance(value, Mapping):
             grafted[name] = _graft(value, teacher.get(name, {}))
         elif name in teacher:
@@ -173,11 +174,16 @@ class Clips:
 def prepare(
     teacher: Path, pca: Path, out: Path, *, attention: AttentionConfig, clips: int, seed: int
 ) -> tuple[Networks, Clips]:
-    """The networks and the data of a run: `teacher` holds dit/ and text_encoder/, as the teacher stage exports them."""
-    encoder = load_component(teacher / "text_encoder", dtype="float32")
+    """The networks and the data of a run.
+
+    teacher: what the teacher stage exports (dit/ and text_encoder/), or a pipeline folder that says where they lie.
+    """
+    described = teacher / "pipeline.json"
+    parts = PipelineConfig.from_json(described.read_text()).parts if described.exists() else {}
+    encoder = load_component(teacher / parts.get("text_encoder", "text_encoder"), dtype="float32")
     if encoder.config != TEXT_ENCODER:
-        raise ValueError(f"{teacher / 'text_encoder'}: not the small model's text encoder")
-    networks = Networks(load_component(teacher / "dit"), attention)
+        raise ValueError(f"{teacher}: its text encoder is not the small model's")
+    networks = Networks(load_component(teacher / parts.get("dit", "dit")), attention)
     scenes = data.clips(seed + 1000, clips)
     latents = encode_scenes(scenes, PCALatents.load(pca), out / f"latents-{seed}-{clips}.npy")
     combinations = [(s.colour, s.shape, s.motion) for s in scenes]
