@@ -71,41 +71,45 @@ def hopper_gemm(
     epilogue_n = BLOCK // jnp.dtype(dtype).itemsize  # a row of 128 bytes: the widest swizzle
     k_steps = pl.cdiv(k, TILE_K)
     m_tiles, n_tiles = pl.cdiv(m, TILE_M * cluster), pl.cdiv(n, tile_n)
-    operands = {"x": x, "weight": weight, "x_scale": x_scale, "weight_scale": weight_scale}
-    if not blocks:  # loads into registers are not clipped, so the vectors cover whole tiles
-        operands["x_scale"] = _pad(x_scale, m_tiles * TILE_M * cluster)
-        operands["weight_scale"] = _pad(weight_scale, n_tiles * tile_n)
-    if bias is not None:
-        operands["bias"] = _pad(bias.astype(jnp.float32), n_tiles * tile_n)
+    padded_n = n_tiles * tile_n
+    bias = jnp.zeros((n,), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    column_scale = jnp.ones((n,), jnp.float32) if blocks else weight_scale
+    if gate is not None and not blocks and activation is None:
+        # gate * (total * scale + bias) needs no third vector.
+        column_scale, bias, gate = gate * column_scale, gate * bias, None
+    operands = {"x": x, "weight": weight, "affine": jnp.stack([_pad(column_scale, padded_n), _pad(bias, padded_n)])}
+    # Loads into registers are not clipped, so the vectors cover whole tiles.
+    operands["x_scale"] = x_scale if blocks else _pad(x_scale, m_tiles * TILE_M * cluster)
+    if blocks:
+        operands["weight_scale"] = weight_scale
     if residual is not None:
         operands["residual"] = residual
     if gate is not None:
-        operands["gate"] = _pad(gate.astype(jnp.float32), n_tiles * tile_n)
+        operands["gate"] = _pad(gate, padded_n)
 
     def body(*refs):
-        ref = dict(
-            zip([*operands, "out", "x_smem", "w_smem", "staging", "full", "empty", "arrived"], refs, strict=True)
-        )
+        scratch = ["x_smem", "w_smem", "vectors", "staging", "full", "empty", "arrived", "vectors_full", "vectors_free"]
+        ref = dict(zip([*operands, "out", *scratch], refs, strict=True))
         warpgroup = lax.axis_index("wg")
 
         def tile_loop(f):
-            """f(row, column, step): the tile's first row and column, and the ring step that it starts at."""
+            """f(index, row, column): of this block's tiles the how-manieth, and its first row and column."""
 
             @plgpu.nd_loop((m_tiles * n_tiles,), collective_axes="cta")
             def _(loop):
                 mi, ni = plgpu.planar_snake(loop.index[0], (m_tiles, n_tiles), 1, min(tiles.group, n_tiles))
                 if cluster > 1:
                     mi = mi * cluster + lax.axis_index("cluster")
-                f(mi * TILE_M, ni * tile_n, loop.local_index * k_steps)
+                f(loop.local_index, mi * TILE_M, ni * tile_n)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(40, action="decrease")
 
-            def tile(row, column, first):
+            def tile(index, row, column):
                 @pl.loop(0, k_steps)
                 def _(i):
-                    step = first + i
+                    step = index * k_steps + i
                     slot = lax.rem(step, stages)
 
                     @pl.when(step >= stages)
@@ -122,9 +126,24 @@ def hopper_gemm(
                         collective_axes="cluster" if cluster > 1 else None,
                     )
 
+                    # The vectors wait for the last epilogue to be over: after the ring is full, not in front of it.
+                    @pl.when(i == min(stages, k_steps - 1))
+                    def _():
+                        @pl.when(index > 0)
+                        def _():
+                            plgpu.barrier_wait(ref["vectors_free"])
+
+                        columns = ref["affine"].at[:, pl.ds(column, tile_n)]
+                        plgpu.copy_gmem_to_smem(columns, ref["vectors"], ref["vectors_full"])
+
             tile_loop(tile)
             # Every release is awaited: the peer of a cluster may still be reading, and the interpreter insists.
-            total = _local_tiles(m_tiles * n_tiles) * k_steps
+            tiles_done = _local_tiles(m_tiles * n_tiles)
+            total = tiles_done * k_steps
+
+            @pl.when(tiles_done > 0)
+            def _():
+                plgpu.barrier_wait(ref["vectors_free"])
 
             @pl.loop(0, stages)
             def _(i):
@@ -141,6 +160,8 @@ def hopper_gemm(
                 return ref["x_smem"].at[slot, rows], ref["w_smem"].at[slot].transpose((1, 0))
 
             def channels(row, column, first):
+                row_scale = _load(ref["x_scale"].at[pl.ds(row + warpgroup * ROWS, ROWS)], 1)
+
                 def accumulate(acc):
                     @pl.loop(0, k_steps)
                     def _(i):
@@ -157,14 +178,15 @@ def hopper_gemm(
                     plgpu.barrier_arrive(ref["empty"].at[lax.rem(first + k_steps - 1, stages)])
                     return acc[...]
 
-                total = _awaited(accumulate, (ROWS, tile_n))
-                row_scale = _load(ref["x_scale"].at[pl.ds(row + warpgroup * ROWS, ROWS)], 1)
-                return total, row_scale
+                return _awaited(accumulate, (ROWS, tile_n)), row_scale
 
             def rescaled(row, column, first):
                 def step(i, acc):
                     slot = lax.rem(first + i, stages)
-                    scale = ref["x_scale"][row // BLOCK, i] * ref["weight_scale"][column // BLOCK, i]
+                    scale = (
+                        ref["x_scale"][jnp.minimum(row // BLOCK, x_scale.shape[0] - 1), i]
+                        * ref["weight_scale"][column // BLOCK, i]
+                    )
                     plgpu.barrier_wait(ref["full"].at[slot])
 
                     def dot(part):
@@ -178,11 +200,15 @@ def hopper_gemm(
                 zero = plgpu.layout_cast(jnp.zeros((ROWS, tile_n), jnp.float32), plgpu.Layout.WGMMA)
                 return lax.fori_loop(0, k_steps, step, zero), None
 
-            def tile(row, column, first):
-                total, row_scale = (rescaled if blocks else channels)(row, column, first)
+            def tile(index, row, column):
+                total, row_scale = (rescaled if blocks else channels)(row, column, index * k_steps)
                 out_rows = pl.ds(row + warpgroup * ROWS, ROWS)
-                for part in range(tile_n // epilogue_n):
+                plgpu.barrier_wait(ref["vectors_full"])
+                # Where one part is all the columns that there are, a copy of the next would not be clipped but
+                # land on it: Mosaic GPU drops dimensions of one tile, and their index with them.
+                for part in range(min(tile_n, n) // epilogue_n):
                     slot = warpgroup * SLOTS + part % SLOTS
+                    inside = pl.ds(part * epilogue_n, epilogue_n)
                     columns = pl.ds(column + part * epilogue_n, epilogue_n)
                     stage = ref["staging"].at[slot]
                     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
@@ -196,8 +222,8 @@ def hopper_gemm(
                     y = epilogue(
                         total[:, part * epilogue_n : (part + 1) * epilogue_n],
                         row_scale=row_scale,
-                        column_scale=None if blocks else _load(ref["weight_scale"].at[columns], 0),
-                        bias=_load(ref["bias"].at[columns], 0) if bias is not None else None,
+                        column_scale=None if blocks else _load(ref["vectors"].at[0, inside], 0),
+                        bias=_load(ref["vectors"].at[1, inside], 0),
                         gate=_load(ref["gate"].at[columns], 0) if gate is not None else None,
                         residual=earlier if residual is not None else None,
                         activation=activation,
@@ -207,6 +233,7 @@ def hopper_gemm(
                     stage[...] = y.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(stage, ref["out"].at[out_rows, columns])
+                plgpu.barrier_arrive(ref["vectors_free"])
 
             tile_loop(tile)
             plgpu.wait_smem_to_gmem(0)
@@ -229,10 +256,13 @@ def hopper_gemm(
         scratch_types=[
             plgpu.SMEM((stages, TILE_M, TILE_K), jnp.int8),
             plgpu.SMEM((stages, tile_n, TILE_K), jnp.int8),
+            plgpu.SMEM((2, tile_n), jnp.float32),
             plgpu.SMEM((WARPGROUPS * SLOTS, ROWS, epilogue_n), dtype),
             barrier(num_arrivals=2, num_barriers=stages),
             empty,
             barrier(num_barriers=WARPGROUPS * SLOTS),
+            barrier(),
+            barrier(num_arrivals=WARPGROUPS),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,

@@ -36,7 +36,8 @@ def quantize_blockwise(
         raise ValueError(f"quantize_blockwise takes a matrix [M, K], got shape {x.shape}")
     return dispatch(
         "quantize_blockwise",
-        implementation,
+        # With no norm in front XLA's two passes win: 0.113 ms against 0.147 for [32760, 1536] on an H100, 2026-11.
+        implementation or "xla",
         (x,),
         xla=tiles_xla,
         kernel=lambda x, interpret: with_ragged_tiles(quantize_tiles(x, interpret=interpret), x, tiles_xla),
