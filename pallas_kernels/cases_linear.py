@@ -25,6 +25,25 @@ def compile_cases() -> list[Case]:
     return [*_products(), *_quantisers(), *_rotations()]
 
 
+def memory_cases() -> list[Case]:
+    """The XLA path of the widest product, whose INT32 result would be 1.2 GB if it were held whole."""
+    tokens, width, hidden, _ = MODELS["1.3b"]
+    weights = {
+        "channels": [Shape((hidden,), jnp.float32), Shape((tokens,), jnp.float32)],
+        "blocks": [
+            Shape((_tiles(hidden), _tiles(width)), jnp.float32),
+            Shape((_tiles(tokens), _tiles(width)), jnp.float32),
+        ],
+    }
+    fn = partial(_product, gelu=True, implementation="xla")
+    matrices = [Shape((tokens, width), jnp.int8), Shape((hidden, width), jnp.int8)]
+    bias = Shape((hidden,), jnp.bfloat16)
+    return [
+        Case(f"int8_linear_xla_{kind}", fn, [*matrices, *scales, bias], ("h100",), kernels=0)
+        for kind, scales in weights.items()
+    ]
+
+
 def _products():
     for model, (tokens, width, hidden, _) in MODELS.items():
         for k, n in ((width, width), (width, hidden), (hidden, width)):
@@ -63,7 +82,7 @@ def _rotations():
         yield Case(f"rms_norm_rope_{model}_{heads}_heads", fn, args)
 
 
-def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None, *, gelu):
+def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None, *, gelu, implementation="mosaic_gpu"):
     return int8_linear(
         x,
         weight_q,
@@ -73,7 +92,7 @@ def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None,
         activation="gelu_tanh" if gelu else None,
         residual=residual,
         gate=gate,
-        implementation="mosaic_gpu",
+        implementation=implementation,
     )
 
 

@@ -189,11 +189,14 @@ def _tile_product(weight_q, weight_scale, bias, activation, dtype):
 
 
 def _map_rows(f, rows, size: int):
-    """f over even chunks of at most `size` rows; the last is filled up with zeros rather than traced a second time."""
+    """f over even chunks of at most `size` rows; if none divide the rows, the last is filled up with zeros (and the
+    result copied), rather than traced a second time."""
     m = jax.tree.leaves(rows)[0].shape[0]
     if m <= size:
         return f(rows)
-    size = -(-m // -(-m // size))
+    fewest = -(-m // size)
+    chunks = next((n for n in range(fewest, 2 * fewest) if m % n == 0), fewest)
+    size = -(-m // chunks)
     split = jax.tree.map(
         lambda a: jnp.pad(a, ((0, -m % size), *[(0, 0)] * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]), rows
     )

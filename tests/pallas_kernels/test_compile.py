@@ -31,6 +31,14 @@ def test_compiles_within_its_budget(target, source):
 
 
 @pytest.mark.slow
+def test_the_xla_path_holds_no_whole_product():
+    """A chunk of INT32 sums, 64 MiB, or in tiles the weights in tile order, 13 MiB, and small change: not 1.2 GB."""
+    for report in aot.compile_cases("h100", "pallas_kernels.cases_linear:memory_cases"):
+        assert report.error is None
+        assert 0 < report.temp_bytes <= 96 * 2**20, report
+
+
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_caught():
     """The harness must be able to see what it looks for: a sum of 256 x 256 cannot fit a warpgroup's registers."""
     (report,) = aot.compile_cases("h100", "tests.pallas_kernels.test_compile:spilling_case")
