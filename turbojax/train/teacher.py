@@ -102,7 +102,8 @@ class Teacher:
     def init(self) -> TeacherState:
         """Master weights in float32, whatever the model computes in."""
         params = self._params if self.start is None else self.start
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        # Copied: the loop donates its state, and a second run starts from the same parameters.
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         return TeacherState(params, jax.tree.map(jnp.copy, params), self.optimizer.init(params))
 
     def context(
