@@ -66,6 +66,7 @@ def test_each_phase_moves_its_own_network(stage):
     assert int(state.updates) == 4
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_as_an_uninterrupted_one(stage, tmp_path):
     whole = loop.run(stage, loop.LoopConfig(6, str(tmp_path / "whole")))
     loop.run(stage, loop.LoopConfig(3, str(tmp_path / "cut")))
