@@ -148,7 +148,7 @@ def _run_case(case: Case, target: Target, dumps: Path) -> Report:
     for kernel in kernels:
         if kernel.smem_bytes > limit:
             error = f"{kernel.kernel} wants {kernel.smem_bytes} bytes of shared memory; {target.name} has {limit}"
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Report(
         case.name,
         target.name,
@@ -178,7 +178,8 @@ def _read_dump(path: Path) -> KernelReport:
 
 
 def _report(entry: dict[str, Any]) -> Report:
-    return Report(**entry | {"kernels": tuple(KernelReport(**kernel) for kernel in entry["kernels"])})
+    fields: dict[str, Any] = entry | {"kernels": tuple(KernelReport(**kernel) for kernel in entry["kernels"])}
+    return Report(**fields)
 
 
 def _environment(dumps: Path) -> dict[str, str]:
@@ -217,7 +218,7 @@ def load_cases(source: str) -> list[Case]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("source", help="module:function that returns the Cases")
     parser.add_argument("names", nargs="*", help="only these cases")

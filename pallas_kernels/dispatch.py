@@ -73,13 +73,13 @@ def dispatch(
     if implementation == "xla":
         return xla(*args)
     if implementation is None:
-        if unsupported:
+        if unsupported or kernel is None:
             return xla(*args)
         return jax.lax.platform_dependent(*args, cuda=lambda *a: kernel(*a, interpret=False), default=xla)
     reason = unsupported
     if implementation == "mosaic_gpu" and not reason and not _has_cuda():
         reason = f"this process has {jax.default_backend()} devices only and compiles for no GPU"
-    if reason:
+    if reason or kernel is None:
         raise NotImplementedError(
             f"{op}: implementation={implementation!r} cannot run: {reason}. Leave implementation=None to fall back"
         )

@@ -64,7 +64,8 @@ def hopper_gemm(
     """[M, K] int8 and [N, K] int8 to [M, N] dtype. x_scale [M] and weight_scale [N], or both in 128x128 blocks."""
     rows = x.shape[0]
     # Tiles in memory are 8 rows high. Every Wan shape is a multiple; others pay for a copy.
-    x, residual = (None if a is None else jnp.pad(a, ((0, -rows % 8), (0, 0))) for a in (x, residual))
+    padding = (0, -rows % 8), (0, 0)
+    x, residual = jnp.pad(x, padding), None if residual is None else jnp.pad(residual, padding)
     (m, k), n = x.shape, weight.shape[0]
     blocks = weight_scale.ndim == 2
     tile_n, stages, cluster = tiles.tile_n, tiles.stages, 1 if interpret else tiles.cluster
@@ -272,7 +273,7 @@ def hopper_gemm(
 def _awaited(multiply, shape):
     """The INT32 sums of multiply(accumulator). Reading them waits for the tensor cores, but nothing ties the registers
     to that wait: without the barrier LLVM may move arithmetic on them in front of it."""
-    return lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.int32)))
+    return lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.int32)))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _local_tiles(tiles: int):

@@ -181,8 +181,13 @@ def _whole_tiles(
         ref["out"].at[rows, columns][...] = y.astype(dtype)
 
     body.__name__ = f"int8_gemm_portable_{'blocks' if blocks else 'channels'}"
-    transforms = (plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform(TILE_K))
-    scratch = [plgpu.SMEM((stages, size, TILE_K), jnp.int8, transforms=transforms) for size in (TILE_M, tile_n)]
+    # Pallas declares both classes abstract, and makes instances of them.
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, TILE_K)), swizzle(TILE_K))
+    scratch: list[Any] = [
+        plgpu.SMEM((stages, size, TILE_K), jnp.int8, transforms=transforms) for size in (TILE_M, tile_n)
+    ]
     if not cp_async:
         scratch.append(plgpu.Barrier(num_arrivals=2, num_barriers=stages))
     return plgpu.kernel(

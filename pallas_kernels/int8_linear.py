@@ -85,7 +85,7 @@ def int8_linear(
             x_scale,
             weight_scale,
             bias,
-            residual.reshape(-1, n) if fused else None,
+            residual.reshape(-1, n) if residual is not None and fused else None,
             gate.reshape(n) if fused and gate is not None else None,
         ),
         xla=partial(_xla, activation=activation, dtype=product),

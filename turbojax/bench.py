@@ -122,7 +122,9 @@ def _linear(m: int, k: int, n: int, gpu: bool) -> Mapping[str, Call]:
 def _norm(size: Size, gpu: bool) -> Mapping[str, Call]:
     x = jax.random.normal(jax.random.key(0), (1, size.tokens, size.width), jnp.bfloat16)
     modulation = jnp.ones((1, 1, size.width))
-    calls = {"xla": (partial(kernels.norm_modulate_quantize, implementation="xla"), (x, modulation, modulation))}
+    calls: dict[str, Call] = {
+        "xla": (partial(kernels.norm_modulate_quantize, implementation="xla"), (x, modulation, modulation))
+    }
     if gpu:
         calls["kernel"] = (kernels.norm_modulate_quantize, (x, modulation, modulation))
     return calls
@@ -132,7 +134,7 @@ def _rope(size: Size, gpu: bool) -> Mapping[str, Call]:
     x = jax.random.normal(jax.random.key(0), (1, size.tokens, size.width // HEAD_DIM, HEAD_DIM), jnp.bfloat16)
     angles = jnp.ones((size.tokens, HEAD_DIM // 2))
     args = x, jnp.ones(size.width), angles, angles
-    calls = {"xla": (partial(kernels.rms_norm_rope, implementation="xla"), args)}
+    calls: dict[str, Call] = {"xla": (partial(kernels.rms_norm_rope, implementation="xla"), args)}
     if gpu:
         calls["kernel"] = (kernels.rms_norm_rope, args)
     return calls
@@ -197,7 +199,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def add_arguments(subparsers: Any) -> None:
-    parser = subparsers.add_parser("bench", help="time the kernels", description=__doc__.split("\n\n")[0])
+    parser = subparsers.add_parser("bench", help="time the kernels", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("what", choices=["kernels"], help="kernels: every kernel against XLA and cuDNN")
     parser.add_argument("--model", default="1.3b", choices=GPU_SIZES, help="whose shapes, on a GPU (1.3b)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each contestant (1.0)")

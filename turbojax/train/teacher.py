@@ -65,7 +65,7 @@ class Captions:
     """Every caption that the clips can have, tokenised once; the last row is the empty prompt."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.rows = {
+        self.rows: dict[tuple[tuple[str, str, str], int], int] = {
             (c, t): i for i, (c, t) in enumerate((c, t) for c in data.COMBINATIONS for t in range(len(data.TEMPLATES)))
         }
         texts = [data.TEMPLATES[t][0].format(colour=c, shape=s, motion=m) for (c, s, m), t in self.rows]
