@@ -273,7 +273,8 @@ def hopper_gemm(
 def _awaited(multiply, shape):
     """The INT32 sums of multiply(accumulator). Reading them waits for the tensor cores, but nothing ties the registers
     to that wait: without the barrier LLVM may move arithmetic on them in front of it."""
-    return lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.int32)))  # pyright: ignore[reportPrivateImportUsage]
+    accumulator = plgpu.ACC(shape, jnp.int32)  # pyright: ignore[reportPrivateImportUsage]
+    return lax.optimization_barrier(pl.run_scoped(multiply, accumulator))
 
 
 def _local_tiles(tiles: int):
