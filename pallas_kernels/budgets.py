@@ -70,15 +70,22 @@ def main(targets: list[str]) -> int:
         reports = [report for source in SOURCES for report in compile_cases(target, source)]
         wrong += [fault for report in reports for fault in faults(report)]
         budgets[target] = costs(reports)
+        _write(budgets)
+    print("\n".join(wrong) or f"wrote {FILE}: no faults")
+    return int(bool(wrong))
+
+
+def _write(budgets: dict[str, Costs]) -> None:
+    """One line a case, under a temporary name first."""
     rows = (
         f"{json.dumps(target)}: {{\n"
         + ",\n".join(f"  {json.dumps(case)}: {json.dumps(kernels)}" for case, kernels in cases.items())
         + "\n}"
         for target, cases in budgets.items()
     )
-    FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    print("\n".join(wrong) or f"wrote {FILE}: no faults")
-    return int(bool(wrong))
+    temporary = FILE.with_suffix(".part")
+    temporary.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    temporary.rename(FILE)
 
 
 if __name__ == "__main__":
