@@ -14,7 +14,7 @@ from convert.errors import CheckpointError
 from convert.recognise import Recognised, recognise
 from convert.source import open_source
 from convert.tables import Entry, entries, modules
-from convert.tensors import Leaf, StoredTensor, contiguous
+from convert.tensors import Leaf, StoredTensor, copy_into
 from convert.transforms import TRANSFORMS, Shape
 from turbojax.checkpoint import Component, abstract_leaves, open_component, quantized_layout
 from turbojax.config import DiTConfig
@@ -127,12 +127,11 @@ def _leaf(rows: Iterable[tuple[Entry, StoredTensor]], shape: Shape) -> Leaf:
         return _whole_leaf(ordered[0][1], transform.forward, shape, dtype)
 
     def read(start: int, stop: int) -> np.ndarray:
-        out = []
-        for _, tensor in ordered[start:stop]:
-            view = transform.forward(tensor.array(), shape[1:])
-            out.append(_owned(contiguous(view).astype(dtype, copy=False)))
+        out = np.empty((stop - start, *shape[1:]), dtype)
+        for row, (_, tensor) in zip(out, ordered[start:stop], strict=True):
+            copy_into(row, transform.forward(tensor.array(), shape[1:]))
             tensor.release()
-        return out[0][None] if len(out) == 1 else np.stack(out)
+        return out
 
     return Leaf(shape, dtype, read)
 
@@ -141,14 +140,10 @@ def _whole_leaf(
     tensor: StoredTensor, forward: Callable[[np.ndarray, Shape], np.ndarray], shape: Shape, dtype: np.dtype
 ) -> Leaf:
     def read(start: int, stop: int) -> np.ndarray:
-        rows = _owned(contiguous(forward(tensor.array(), shape)[start:stop]).astype(dtype, copy=False))
+        out = np.empty((stop - start, *shape[1:]), dtype)
+        copy_into(out, forward(tensor.array(), shape)[start:stop])
         if stop == shape[0]:
             tensor.release()
-        return rows
+        return out
 
     return Leaf(shape, dtype, read)
-
-
-def _owned(array: np.ndarray) -> np.ndarray:
-    """Not a view of the mapped file: its pages are given back before anyone reads the array."""
-    return array if array.flags.owndata else array.copy()

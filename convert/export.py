@@ -13,7 +13,7 @@ from convert.infer import METADATA_KEY
 from convert.progress import byte_progress
 from convert.safetensors_file import write_safetensors
 from convert.tables import NAMINGS, Entry, Naming, entries
-from convert.tensors import Leaf, contiguous
+from convert.tensors import Leaf, copy_into
 from convert.transforms import TRANSFORMS, Shape
 from turbojax import config as configs
 from turbojax.checkpoint import Component, quantized_layout
@@ -89,7 +89,9 @@ def _leaf(leaf: Leaf, entry: Entry, patch: Shape) -> Leaf:
 
     def read(start: int, stop: int) -> np.ndarray:
         values = leaf.array() if entry.layer is None else leaf.read(entry.layer, entry.layer + 1)[0]
-        return contiguous(transform.inverse(values, shape))[start:stop]
+        out = np.empty(shape, leaf.dtype)
+        copy_into(out, transform.inverse(values, shape))
+        return out[start:stop]
 
     return Leaf(shape, leaf.dtype, read, whole=True)
 

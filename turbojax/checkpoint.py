@@ -18,6 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -359,45 +360,51 @@ def _write_orbax(path: Path, leaves: Mapping[str, Leaf], progress: Callable[[int
 
 
 def _leaf_handler(ocp: Any, progress: Callable[[int], object]) -> Any:
-    import tensorstore as ts
-
     class LeafHandler(ocp.type_handlers.NumpyHandler):
         """Writes what Orbax will read as a numpy array, chunk by chunk, never holding more than two."""
 
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
             await infos[0].await_path_creation()
-            context = ts.Context({"file_io_sync": False})
-            for leaf, info in zip(values, infos, strict=True):
-                store = await ts.open(_zarr_spec(leaf, str(info.path)), create=True, open=True, context=context)
+            with ThreadPoolExecutor(1) as writer:
                 pending = None
-                for start, rows in leaf.chunks():
-                    write = store[start : start + len(rows)].write(rows, can_reference_source_data_indefinitely=True)
-                    if pending is not None:
-                        await pending
-                    pending = write
-                    progress(rows.nbytes)
+                for leaf, info in zip(values, infos, strict=True):
+                    folder = Path(str(info.path))
+                    folder.mkdir()
+                    (folder / ".zarray").write_text(json.dumps(_zarr_metadata(leaf)))
+                    for start, rows in leaf.chunks():
+                        if pending is not None:
+                            progress(pending.result())
+                        pending = writer.submit(_write_chunk, folder, leaf, start, rows)
                 if pending is not None:
-                    await pending
+                    progress(pending.result())
             return []
 
     return LeafHandler()
 
 
-def _zarr_spec(leaf: Leaf, path: str) -> dict[str, Any]:
-    """Weights do not compress, so none are; zeros are written too, so that a lost file is noticed."""
-    names = {np.dtype(ml_dtypes.bfloat16): "bfloat16"}
+def _zarr_metadata(leaf: Leaf) -> dict[str, Any]:
+    """A plain zarr array: weights do not compress, so none are."""
     return {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": path},
-        "metadata": {
-            "shape": leaf.shape,
-            "chunks": (leaf.chunk_rows, *leaf.shape[1:]),
-            "dtype": names.get(leaf.dtype, leaf.dtype.str),
-            "fill_value": None,
-            "compressor": None,
-        },
-        "store_data_equal_to_fill_value": True,
+        "zarr_format": 2,
+        "shape": leaf.shape,
+        "chunks": (leaf.chunk_rows, *leaf.shape[1:]),
+        "dtype": "bfloat16" if leaf.dtype == ml_dtypes.bfloat16 else leaf.dtype.str,
+        "order": "C",
+        "dimension_separator": ".",
+        "fill_value": None,
+        "compressor": None,
+        "filters": None,
     }
+
+
+def _write_chunk(folder: Path, leaf: Leaf, start: int, rows: np.ndarray) -> int:
+    """The raw bytes of a chunk; the last one is as long as the others. tensorstore would copy them twice."""
+    index = [start // leaf.chunk_rows, *[0] * (len(leaf.shape) - 1)]
+    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+    with (folder / ".".join(map(str, index))).open("wb") as file:
+        file.write(data)
+        file.truncate(leaf.chunk_rows * (leaf.nbytes // leaf.shape[0]))
+    return len(data)
 
 
 def _restore_orbax(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
