@@ -72,7 +72,7 @@ def test_numpy_integers_are_integers():
         ({"guidance": 1, "negative_prompt": "blurry"}, "a negative prompt needs guidance"),
         ({"shift": 0.0}, "shift must be above 0"),
         ({"sigma_max": float("inf")}, "sigma_max must be above 0"),
-        ({"sampler": "rcm-sde", "sigma_max": 1.0}, "sigma_max 1 must be more than"),
+        ({"sampler": "rcm-sde", "sigma_max": 1.0}, "sigma_max must be more than"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, got 0"),
     ],
 )

@@ -130,7 +130,7 @@ _TINY = Preset(
     vae=VAEConfig(base_dim=8, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
     text_encoder=UMT5Config(vocab_size=128, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2),
     text_len=32,
-    guidance=(3.0, 3.0),
+    guidance=(2.0, 2.0),
     shift=3.0,
     size=(128, 128),
     frames=17,
