@@ -126,24 +126,20 @@ def _leaf(rows: Iterable[tuple[Entry, StoredTensor]], shape: Shape) -> Leaf:
     if ordered[0][0].layer is None:
         return _whole_leaf(ordered[0][1], transform.forward, shape, dtype)
 
-    def read(start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *shape[1:]), dtype)
-        for row, (_, tensor) in zip(out, ordered[start:stop], strict=True):
+    def fill(start: int, out: np.ndarray) -> None:
+        for row, (_, tensor) in zip(out, ordered[start : start + len(out)], strict=True):
             copy_into(row, transform.forward(tensor.array(), shape[1:]))
             tensor.release()
-        return out
 
-    return Leaf(shape, dtype, read)
+    return Leaf.filled(shape, dtype, fill)
 
 
 def _whole_leaf(
     tensor: StoredTensor, forward: Callable[[np.ndarray, Shape], np.ndarray], shape: Shape, dtype: np.dtype
 ) -> Leaf:
-    def read(start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *shape[1:]), dtype)
-        copy_into(out, forward(tensor.array(), shape)[start:stop])
-        if stop == shape[0]:
+    def fill(start: int, out: np.ndarray) -> None:
+        copy_into(out, forward(tensor.array(), shape)[start : start + len(out)])
+        if start + len(out) == shape[0]:
             tensor.release()
-        return out
 
-    return Leaf(shape, dtype, read)
+    return Leaf.filled(shape, dtype, fill)

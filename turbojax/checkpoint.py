@@ -367,11 +367,13 @@ def _leaf_handler(ocp: Any, progress: Callable[[int], object]) -> Any:
             await infos[0].await_path_creation()
             with ThreadPoolExecutor(1) as writer:
                 pending = None
+                largest = max(leaf.chunk_bytes for leaf in values)
+                buffers = itertools.cycle([np.empty(largest, np.uint8) for _ in range(2)])
                 for leaf, info in zip(values, infos, strict=True):
                     folder = Path(str(info.path))
                     folder.mkdir()
                     (folder / ".zarray").write_text(json.dumps(_zarr_metadata(leaf)))
-                    for start, rows in leaf.chunks():
+                    for start, rows in leaf.chunks(buffers):
                         if pending is not None:
                             progress(pending.result())
                         pending = writer.submit(_write_chunk, folder, leaf, start, rows)
@@ -403,7 +405,7 @@ def _write_chunk(folder: Path, leaf: Leaf, start: int, rows: np.ndarray) -> int:
     data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
     with (folder / ".".join(map(str, index))).open("wb") as file:
         file.write(data)
-        file.truncate(leaf.chunk_rows * (leaf.nbytes // leaf.shape[0]))
+        file.truncate(leaf.chunk_bytes)
     return len(data)
 
 
