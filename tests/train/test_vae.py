@@ -53,6 +53,7 @@ def moved(before, after) -> set[str]:
         pytest.param(
             "joint", {"encoder", "quant_conv", "decoder", "post_quant_conv"}, marks=pytest.mark.slow, id="joint"
         ),
+        pytest.param("polish", {"decoder", "post_quant_conv"}, marks=pytest.mark.slow, id="polish"),
     ],
 )
 def test_each_part_moves_its_own_parameters_downhill(codec, tmp_path, part, parts):

@@ -8,7 +8,7 @@ from typing import Any
 
 _STAGES = """\
 stages, in order:
-  vae      the VAE: a PCA codec first, then --part decoder and --part encoder against it, then --part joint
+  vae      the VAE: a PCA codec first, then --part decoder and --part encoder against it, then --part joint and polish
   teacher  the DiT and its text encoder, by rectified flow on the PCA latents of the vae stage
   sla      a student with sparse-linear attention, fine-tuned to answer as the teacher does
   rcm      a student of few steps, by consistency along the teacher's guided flow and DMD2
@@ -27,7 +27,7 @@ def add_arguments(subparsers: Any) -> None:
     )
     stages = train.add_subparsers(dest="stage", metavar="STAGE", required=True)
     vae = stages.add_parser("vae", help="the VAE")
-    vae.add_argument("--part", choices=("pca", "decoder", "encoder", "joint"), required=True)
+    vae.add_argument("--part", choices=("pca", "decoder", "encoder", "joint", "polish"), required=True)
     vae.add_argument("--steps", type=int, default=1000)
     teacher = stages.add_parser("teacher", help="the DiT and its text encoder")
     teacher.add_argument("--pca", type=Path, required=True, help="pca.npz of the vae stage")
