@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels._attention_xla import block_sparse_xla, default_scale
 from pallas_kernels._derivatives import derivative_of, forward_only
 from pallas_kernels._heads import check_block_index, check_blocks, check_qkv, heads_first, heads_last
-from pallas_kernels._hopper_attention import sage_forward, sparse_forward
 from pallas_kernels._refusals import attention_refusal
 from pallas_kernels.dispatch import dispatch
 
@@ -66,6 +65,8 @@ def block_sparse_attention(
         return heads_last(o, q.shape), lse.reshape(b, h, lq)
 
     def kernel(q, k, v, block_index, interpret):
+        from pallas_kernels._hopper_attention import sage_forward, sparse_forward  # late: see _plgpu
+
         sizes = {"scale": scale, "block_q": block_q, "block_k": block_k, "interpret": interpret}
         if quantized:
             return sage_forward(q, k, v, block_index, smooth_k=True, **sizes)

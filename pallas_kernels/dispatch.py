@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
-from jax.experimental.mosaic.gpu import utils as mosaic_utils
 
 IMPLEMENTATIONS = (None, "xla", "mosaic_gpu", "interpret")
 
@@ -28,7 +27,7 @@ def gpu_arch() -> tuple[int, int]:
 
     The target of an enclosing `compiling_for`, else the default device's, else (9, 0).
     """
-    return _target_arch.get() or mosaic_utils._infer_arch()
+    return _target_arch.get() or _mosaic()._infer_arch()
 
 
 def core_count() -> int:
@@ -44,6 +43,7 @@ def compiling_for(arch: tuple[int, int], cores: int = 132) -> Iterator[None]:
     to be replaced; and ptxas keeps the first architecture it meets, so a process can compile for one only.
     """
     tokens = _target_arch.set(arch), _target_cores.set(cores)
+    mosaic_utils = _mosaic()
     original = mosaic_utils._infer_arch
     mosaic_utils._infer_arch = lambda: arch
     try:
@@ -84,6 +84,12 @@ def dispatch(
             f"{op}: implementation={implementation!r} cannot run: {reason}. Leave implementation=None to fall back"
         )
     return kernel(*args, interpret=implementation == "interpret")
+
+
+def _mosaic() -> Any:
+    from jax.experimental.mosaic.gpu import utils  # late: see _plgpu
+
+    return utils
 
 
 def _has_cuda() -> bool:

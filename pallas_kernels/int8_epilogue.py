@@ -6,7 +6,8 @@ import math
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _plgpu as plgpu
 
 
 def epilogue(total, *, row_scale, column_scale, bias, gate, residual, activation, dtype, layout):

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _plgpu as plgpu
 from pallas_kernels.dispatch import core_count
 from pallas_kernels.int8_epilogue import epilogue
 from pallas_kernels.rounding import BLOCK

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _plgpu as plgpu
 from pallas_kernels.rounding import AMAX_FLOOR, BLOCK, INT8_MAX_BLOCK, INT8_MAX_TOKEN
 
 WARPGROUP = 128

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import _plgpu as plgpu
 from pallas_kernels.dispatch import dispatch
 
 PAIRS = 128  # pairs that a warpgroup takes at a time, one a thread
