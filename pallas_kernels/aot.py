@@ -106,13 +106,13 @@ def compile_cases(target: str, source: str, names: Sequence[str] = ()) -> list[R
 
     names: only these cases. Raises ModuleNotFoundError without the `aot` extra, RuntimeError if the process dies.
     """
-    _require_extra()
+    require_extra()
     with tempfile.TemporaryDirectory(prefix="mosaic-") as folder:
         out = Path(folder) / "reports.json"
         dumps = Path(folder) / "dumps"
         dumps.mkdir()
         command = [sys.executable, "-m", "pallas_kernels.aot", target, source, *names, "--json", str(out)]
-        environment = os.environ | _environment(dumps)
+        environment = os.environ | _dumping(dumps)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not out.exists():
             raise RuntimeError(f"compiling {source} for {target} died ({done.returncode}): {done.stderr[-2000:]}")
@@ -120,7 +120,7 @@ def compile_cases(target: str, source: str, names: Sequence[str] = ()) -> list[R
 
 
 def compile_for(target: Target, fn: Callable[..., Any], args: Sequence[Any]) -> jax.stages.Compiled:
-    """Compiles jit(fn)(*args) for the target. In a process that compiles for no other and has `_environment` set."""
+    """Compiles jit(fn)(*args) for the target. In a process that compiles for no other and has `environment` set."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target.config)
@@ -182,12 +182,18 @@ def _report(entry: dict[str, Any]) -> Report:
     return Report(**fields)
 
 
-def _environment(dumps: Path) -> dict[str, str]:
-    """No driver is asked for, nothing comes from a cache, and what ptxas says is kept."""
+def environment() -> dict[str, str]:
+    """What a process needs before it imports JAX to compile for a card: no driver is asked for, no cache answers."""
     return {
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+
+
+def _dumping(dumps: Path) -> dict[str, str]:
+    """`environment`, and what ptxas says is kept."""
+    return environment() | {
         "MOSAIC_GPU_DUMP_TO": str(dumps),
         "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
@@ -195,7 +201,7 @@ def _environment(dumps: Path) -> dict[str, str]:
     }
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
     missing = [name for name in EXTRA if not _found(name)]
     if missing:
         raise ModuleNotFoundError(

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "inspect": ("convert.cli", "say what a checkpoint is and what it would become"),
     "export": ("convert.cli", "write a converted component for PyTorch"),
     "merge": ("convert.cli", "base + weight * (target - target_base)"),
+    "plan": ("turbojax.cli_plan", "say whether a clip fits on a card, without the card"),
     "bench": ("turbojax.bench", "time the kernels"),
 }
 

@@ -40,13 +40,13 @@ def denoise(
     *,
     graphdefs: tuple[Any, ...],
     settings: Settings,
-    tick: Callable[[object], None],
+    tick: Callable[[object], None] | None,
 ) -> Float[Array, "B t h w C"]:
     """The sampler's whole loop: noise to clean latents.
 
     states, graphdefs: of the one expert, or of the high-noise and the low-noise one.
     negative: context that guidance steers away from; None without guidance.
-    condition: mask and picture channels of image to video. tick: called on the host after every step.
+    condition: mask and picture channels of image to video. tick: called on the host after every step; None: nothing is.
     """
     experts = [nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True)]
     low, high = settings.guidance
@@ -56,7 +56,8 @@ def denoise(
     ]
 
     def on_step(_: Any, x: Array) -> None:
-        jax.debug.callback(tick, x[0, 0, 0, 0, 0])
+        if tick is not None:
+            jax.debug.callback(tick, x[0, 0, 0, 0, 0])
 
     boundary, steps = settings.boundary, settings.steps
     if settings.sampler in ("rcm-sde", "rcm-ode"):
@@ -97,15 +98,20 @@ def _velocity(
 def encode_image(
     state: Any, image: UInt8[Array, "H W 3"], *, graphdef: Any, frames: int, batch: int
 ) -> Float[Array, "B t h w K"]:
-    """The condition of image to video: 4 mask channels (1 on the first latent frame), then the picture's latents.
+    """The condition of image to video for one picture: `image_condition`, the same for every clip of the batch."""
+    condition = image_condition(nnx.merge(graphdef, state), image[None], frames)
+    return jnp.repeat(condition, batch, axis=0)
+
+
+def image_condition(vae: Any, images: UInt8[Array, "N H W 3"], frames: int) -> Float[Array, "N t h w K"]:
+    """4 mask channels (1 on the first latent frame), then the latents of each picture.
 
     The VAE sees the picture followed by mid-grey frames (`wan/image2video.py`).
     """
-    vae = nnx.merge(graphdef, state)
-    video = jnp.zeros((1, frames, *image.shape), jnp.float32).at[0, 0].set(image / 127.5 - 1.0)
+    video = jnp.zeros((len(images), frames, *images.shape[1:]), jnp.float32).at[:, 0].set(images / 127.5 - 1.0)
     latents = vae.encode(video) if _fits(vae.config, video.size // 3) else vae.encode_streamed(video)
     mask = jnp.zeros((*latents.shape[:-1], 4), latents.dtype).at[:, 0].set(1.0)
-    return jnp.repeat(jnp.concatenate([mask, latents], axis=-1), batch, axis=0)
+    return jnp.concatenate([mask, latents], axis=-1)
 
 
 def decode(state: Any, latents: Float[Array, "B t h w C"], *, graphdef: Any) -> UInt8[Array, "B T H W 3"]:
