@@ -1,4 +1,4 @@
-"""`turbojax plan`: the sums are right, mistakes are told before anything compiles, and the compiled figures are real."""
+"""`turbojax plan`: the sums are right, mistakes come before anything compiles, and the compiled figures are real."""
 
 import dataclasses
 import json

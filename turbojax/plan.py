@@ -177,7 +177,7 @@ def find_request(model: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def compile_parts(spec: Any, settings: Any, target: Any) -> list[Part]:
-    """Every program that a clip runs, compiled for this process's one target; a picture's only if the model takes one."""
+    """Every program that a clip runs, compiled for this process's one target; a picture's if it takes one."""
     import jax
     import jax.numpy as jnp
     import numpy as np
