@@ -51,6 +51,11 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
         assert what in out
 
 
+def test_a_pipeline_on_a_cpu_does_without_the_kernels_compiler():
+    code = "import sys, turbojax.pipeline; print('mosaic:', 'jax.experimental.mosaic.gpu' in sys.modules)"
+    assert "mosaic: False" in python("-c", code).stdout
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists_and_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:

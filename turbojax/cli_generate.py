@@ -63,10 +63,15 @@ def run(args: argparse.Namespace) -> int:
     settings = resolve(folder.spec, **options)
     image = None if args.image is None else read_image(args.image, settings.size)
 
+    import jax
+
     from turbojax.compilation_cache import use_compilation_cache
+    from turbojax.host_memory import keep_freed_memory
     from turbojax.pipeline import Pipeline
 
     use_compilation_cache()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     pipeline = Pipeline.load(folder)
     clips = pipeline.generate_each(prompts, seed=seeds, image=image, progress=not args.no_progress, **options)
     for path, clip in zip(outputs, clips, strict=True):
