@@ -9,7 +9,7 @@ from turbojax import AttentionConfig
 from turbojax.config import PRESETS
 from turbojax.errors import UserError
 from turbojax.pipeline_config import PipelineConfig, PipelineSpec
-from turbojax.settings import check_image, check_prompts, check_seeds, resolve
+from turbojax.settings import check_image, check_prompts, check_seeds, pair_up, resolve
 
 
 def spec_of(name: str, **changes) -> PipelineSpec:
@@ -90,6 +90,13 @@ def test_prompts_and_seeds_are_checked():
     for wrong in (-1, 0.5, [], [0, -2]):
         with pytest.raises(UserError, match="seed"):
             check_seeds(wrong)
+
+
+def test_prompts_and_seeds_meet_all_with_all_or_one_with_one():
+    assert pair_up(["a", "b"], [1, 2], paired=False) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert pair_up(["a", "b"], [1, 2], paired=True) == [("a", 1), ("b", 2)]
+    with pytest.raises(UserError, match="2 prompts, 1 seeds"):
+        pair_up(["a", "b"], [1], paired=True)
 
 
 def test_an_image_goes_with_the_models_that_take_one():

@@ -31,7 +31,7 @@ from turbojax.pipeline_config import PipelineConfig, PipelineFolder, PipelineSpe
 from turbojax.programs import Program, Programs, decode, denoise, encode_image, encode_text
 from turbojax.progress import StepBar
 from turbojax.quant import block_linears, quantize_dit
-from turbojax.settings import Settings, check_image, check_prompts, check_seeds, resolve
+from turbojax.settings import Settings, check_image, check_prompts, check_seeds, pair_up, resolve
 from turbojax.tokenizer import Tokenizer
 from turbojax.video import Video
 
@@ -99,6 +99,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         seed: int | Iterable[int] = 0,
+        paired: bool = False,
         steps: int | None = None,
         sampler: str | None = None,
         guidance: float | tuple[float, float] | None = None,
@@ -117,6 +118,7 @@ class Pipeline:
     ) -> Iterator[Video]:
         """Every prompt with every seed, each clip as soon as it is done; what is None comes from `spec.config`.
 
+        paired: the first prompt with the first seed, the second with the second, instead of all with all.
         sampler: "rcm-sde" or "rcm-ode" (1-4 steps), "unipc" or "euler" (1-1000). guidance: 1 = none; two numbers
             are for the low-noise and the high-noise expert. shift: of unipc and euler; sigma_max: of rcm.
         attention: "dense", "sage", "sla", "sagesla" (topk: share of key blocks kept) or an AttentionConfig.
@@ -138,7 +140,7 @@ class Pipeline:
         for text in prompts:
             if unknown := self.tokenizer.unknown(text):
                 warnings.warn(f"{self.spec.name} never learned the words {', '.join(unknown)}", stacklevel=2)
-        return self._run([(p, s) for p in prompts for s in seeds], settings, picture, progress)
+        return self._run(pair_up(prompts, seeds, paired), settings, picture, progress)
 
     def _run(
         self, requests: list[tuple[str, int]], settings: Settings, picture: Picture | None, progress: bool | None

@@ -121,6 +121,15 @@ def check_seeds(seeds: int | Iterable[int]) -> list[int]:
     return [_whole("seed", seed, least=0) for seed in seeds]
 
 
+def pair_up(prompts: Sequence[str], seeds: Sequence[int], paired: bool) -> list[tuple[str, int]]:
+    """The clips to make: every prompt with every seed, or one with one. Raises UserError if those are not as many."""
+    if not paired:
+        return [(prompt, seed) for prompt in prompts for seed in seeds]
+    if len(prompts) != len(seeds):
+        raise UserError(f"paired wants as many seeds as prompts: got {len(prompts)} prompts, {len(seeds)} seeds")
+    return list(zip(prompts, seeds, strict=True))
+
+
 def check_image(spec: PipelineSpec, has_image: bool) -> None:
     """Raise UserError if the model needs a picture that is not there, or takes none that is."""
     if has_image and not spec.takes_image:
