@@ -33,10 +33,18 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class MappedFile:
-    """A file mapped read-only. Raises CheckpointError when it cannot be opened, is not a file or is empty."""
+    """A file mapped read-only. Raises CheckpointError when it cannot be opened, is not a file or is empty.
 
-    def __init__(self, path: Path):
+    content: what is in it, where that has been read already (a member of an archive).
+    """
+
+    map: mmap.mmap | bytes
+
+    def __init__(self, path: Path, content: bytes | None = None):
         self.path = path
+        if content is not None:
+            self.map, self.size = content, len(content)
+            return
         try:
             with path.open("rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -51,7 +59,7 @@ class MappedFile:
         """Give the pages wholly inside [offset, offset + nbytes) back; they are read again if needed."""
         page = mmap.PAGESIZE
         start, stop = -(-offset // page) * page, (offset + nbytes) // page * page
-        if stop > start and hasattr(self.map, "madvise"):
+        if stop > start and isinstance(self.map, mmap.mmap) and hasattr(self.map, "madvise"):
             self.map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 

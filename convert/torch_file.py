@@ -17,12 +17,13 @@ MAX_DEPTH = 8
 MAX_EXPANDED_BYTES = 16 << 20
 
 
-def read_torch(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor by dotted name; nested dicts (`{"state_dict": {...}}`) give "state_dict.NAME".
+def read_torch(source: Path | MappedFile) -> dict[str, StoredTensor]:
+    """Every tensor by dotted name; nested dicts (`{"state_dict": {...}}`) give "state_dict.NAME", a bare one "tensor".
 
     Raises CheckpointError for files of torch before 1.6, TorchScript, and anything damaged or hostile.
     """
-    file = MappedFile(path)
+    file = MappedFile(source) if isinstance(source, Path) else source
+    path = file.path
     start = file.map[:4]
     if start[:1] == b"\x80":
         raise CheckpointError(
