@@ -4,6 +4,8 @@
     FOLDER/params/              Orbax, one zarr array a parameter, split by layers   (the large models)
     FOLDER/params.safetensors   flat dotted names                                    (the small models: no Orbax import)
 
+And the states of a training run, `Checkpoints`: FOLDER/STEP/, Orbax again, each array at once.
+
 The only module that touches Orbax, and it does so late: importing Orbax takes 1.4 s.
 """
 
@@ -306,6 +308,68 @@ def _to_device(leaf: Leaf, spec: jax.ShapeDtypeStruct) -> jax.Array:
 
     assert spec.sharding is not None
     return jax.make_array_from_callback(spec.shape, spec.sharding, part)
+
+
+class Checkpoints:
+    """The newest `keep` states of a training run, FOLDER/STEP each: written behind the run's back, whole or not at all.
+
+    A state is a flat {name: jax.Array}. Use it as a context: leaving waits for what is still being written.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        """Opens FOLDER, made if need be; what a killed run had half written is removed. Raises UserError."""
+        if keep < 1:
+            raise UserError(f"a run must keep at least one checkpoint, not {keep}")
+        self.folder = Path(folder).absolute()
+        with _orbax() as ocp:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            try:
+                self._manager = ocp.CheckpointManager(
+                    self.folder, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
+                )
+            except OSError as error:
+                raise UserError(f"{folder} cannot hold checkpoints: {error.strerror or error}") from error
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _orbax():
+            self._manager.close()
+
+    def newest(self) -> int | None:
+        """The step of the newest whole state; None in a new folder."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Mapping[str, jax.Array]) -> None:
+        """Take a copy of the state and write it in the background; waits only for the save before this one."""
+        with _orbax() as ocp:
+            self._manager.save(step, args=ocp.args.PyTreeSave(dict(state)))
+
+    def shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of every array of a state. Raises UserError for one that is damaged."""
+        with self._reading(step):
+            found = self._manager.item_metadata(step)
+            tree = getattr(found, "tree", found)
+            return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
+
+    def restore(self, step: int, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Read a state onto the devices where `like` lies. Raises UserError for one that is damaged."""
+        wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in like.items()}
+        with self._reading(step) as ocp:
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+            return self._manager.restore(step, args=ocp.args.PyTreeRestore(wanted, restore_args))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[Any]:
+        with _orbax() as ocp:
+            try:
+                yield ocp
+            except (ValueError, OSError) as error:
+                reason = str(error).splitlines()[0][:200]
+                raise UserError(
+                    f"{self.folder / str(step)} is damaged ({reason}); delete it to go on from an older one"
+                ) from error
 
 
 # Orbax. One zarr array a parameter and no OCDBT: rows can then be written, and read back, one layer at a time.

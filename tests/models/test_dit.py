@@ -61,7 +61,7 @@ def test_patchify_orders_channels_first_and_unpatchify_last():
     np.testing.assert_array_equal(unpatchify(last, (1, 2, 2), (1, 2, 2)), latents)
 
 
-@pytest.mark.parametrize("switch", [{"unroll": True}, {"unroll": 2}, {"remat": True}])
+@pytest.mark.parametrize("switch", [{"unroll": True}, {"unroll": 2}, {"remat": "blocks"}, {"remat": "keep_linear"}])
 def test_how_the_layers_are_run_changes_nothing(dit, switch):
     np.testing.assert_allclose(dit(*inputs(), **switch), dit(*inputs()), rtol=1e-4, atol=1e-5)
 

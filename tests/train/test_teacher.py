@@ -12,7 +12,6 @@ from turbojax.tokenizer import Tokenizer
 from turbojax.train import data, loop
 from turbojax.train.flow import add_noise, sample_noise_levels, velocity_errors
 from turbojax.train.optimizer import OptimizerConfig, schedule
-from turbojax.train.state import restore_state, save_state
 from turbojax.train.teacher import SHIPPED_TOKENIZER, Teacher, TeacherConfig
 
 SMALL = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=64)
@@ -82,10 +81,3 @@ def test_the_learning_rate_warms_up_holds_and_ends_at_zero():
     assert float(rate(10)) == float(rate(49)) == 1.0
     assert float(rate(75)) == pytest.approx(0.5, abs=0.01)
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_a_state_of_another_run_is_refused_by_name(tmp_path):
-    save_state(tmp_path / "state", {"a": jnp.zeros(3)}, 4)
-    assert restore_state(tmp_path / "state", {"a": jnp.ones(3)})[1] == 4
-    with pytest.raises(ValueError, match=r"\['b'\]"):
-        restore_state(tmp_path / "state", {"a": jnp.zeros(3), "b": jnp.zeros(1)})

@@ -12,7 +12,7 @@ norms, modulation, the time embedding and the head stay float32.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,13 @@ from turbojax.models.layers import (
 )
 
 Rope = tuple[Float[Array, "L half"], Float[Array, "L half"]]
+# What the backward pass computes again: nothing, each whole block, or all of it but what the linear layers gave.
+Remat = Literal["none", "blocks", "keep_linear"]
 # What a block's linear layer takes: a float array, or an int8 one with its scales (turbojax.quant.Quantized).
 Activation = Any
+
+
+_EXACT_XLA = AttentionConfig(implementation="xla")
 
 
 class MLP(nnx.Module):
@@ -123,7 +128,9 @@ class Block(nnx.Module):
         x = self.self_attn(x, h, h, rope=rope, attention=attention, gate=gate1)
         # An affine norm is a modulation that does not depend on time.
         h = self.cross_attn.q.modulated(x, norm.bias[...], norm.scale[...] - 1.0, norm.eps)
-        x = self.cross_attn(x, h, context)
+        # Only "xla" means the same for exact attention: it is what forward mode needs, which cuDNN lacks.
+        exact = _EXACT_XLA if attention.implementation == "xla" else DENSE
+        x = self.cross_attn(x, h, context, attention=exact)
         return self.ffn(x, self.ffn.up.modulated(x, shift2, scale2, eps), gate2)
 
 
@@ -158,7 +165,7 @@ class WanDiT(nnx.Module):
         attention: AttentionConfig = DENSE,
         round_timestep: bool = False,
         unroll: bool | int = 1,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Float[Array, "B t h w C_out"]:
         """Velocity noise - x0, float32 [B,t,h,w,out_channels].
 
@@ -167,7 +174,7 @@ class WanDiT(nnx.Module):
         timestep: in [0, 1000], 1000 = pure noise.
         context: text encoder output; callers pad it (Wan: to 512 rows of zeros), the model neither pads nor masks.
         round_timestep: round the timestep to bfloat16 first, as TurboDiffusion's sampler does.
-        unroll: layers per `lax.scan` step (True: a plain loop); remat: recompute each block in the backward pass.
+        unroll: layers per `lax.scan` step (True: a plain loop); remat: what the backward pass recomputes.
         Raises ValueError for a shape that the model cannot take.
         """
         latents, timestep, context = jnp.asarray(latents), jnp.asarray(timestep), jnp.asarray(context)
@@ -192,7 +199,7 @@ class _Options(NamedTuple):
     attention: AttentionConfig
     round_timestep: bool
     unroll: bool | int
-    remat: bool
+    remat: Remat
 
 
 # Compiled once a shape: a scan run eagerly would be compiled again at every call.
@@ -222,7 +229,10 @@ def _forward(
     def layer(x: Array, layer_state: PyTree[Array]) -> tuple[Array, None]:
         return nnx.merge(block, layer_state)(x, time6, text, rope, options.attention), None
 
-    body = jax.checkpoint(layer) if options.remat else layer
+    body = layer
+    if options.remat != "none":
+        saved = None if options.remat == "blocks" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(layer, policy=saved, prevent_cse=False)
     tokens, _ = jax.lax.scan(body, tokens, layers, unroll=options.unroll)
 
     shift, scale = jnp.split(model.head_modulation[...] + time[:, None], 2, axis=1)

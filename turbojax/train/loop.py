@@ -7,6 +7,7 @@ takes the very same steps as one that was not.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from turbojax.train.state import restore_state, save_state
+from turbojax.checkpoint import Checkpoints
+from turbojax.errors import UserError
+from turbojax.sharding import put_batch, state_shardings
+from turbojax.train.state import FOLDER, named, restore_newest
 
 
 class Stage(Protocol):
@@ -33,13 +38,13 @@ class Stage(Protocol):
         ...
 
     def batch(self, step: int) -> PyTree:
-        """The data of that step, on the host."""
+        """What that step reads: data on the host, and frozen weights where they lie."""
         ...
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """steps: how many in all; checkpoint_every in seconds, log_every and sample_every in steps."""
+    """steps: how many in all; checkpoint_every in seconds, log_every and sample_every in steps; keep: checkpoints."""
 
     steps: int
     out: str
@@ -47,30 +52,61 @@ class LoopConfig:
     log_every: int = 20
     checkpoint_every: float = 180.0
     sample_every: int = 1000
+    keep: int = 2
 
 
 def run(
     stage: Stage,
     config: LoopConfig,
     sample: Callable[[PyTree, int], Mapping[str, Any]] | None = None,
+    mesh: Mesh | None = None,
 ) -> PyTree:
     """Train to `config.steps`, from the newest checkpoint in `config.out` if there is one; returns the state.
 
-    Writes `metrics.jsonl` (one line every `log_every` steps) and `state.safetensors`; `sample(state, step)` may write
-    pictures and returns metrics of its own.
+    Writes `metrics.jsonl` (one line every `log_every` steps) and `checkpoints/STEP`; `sample(state, step)` may write
+    pictures and returns metrics of its own. mesh: spread state and batches over its devices (`turbojax.sharding`).
+    A run that has its steps already takes none and writes nothing. Raises UserError if it has more than that.
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    state, start = stage.init(), 0
-    if (out / "state.safetensors").exists():
-        state, start = restore_state(out / "state.safetensors", state)
-    step_fn = jax.jit(stage.step, donate_argnums=0)
+    state = stage.init()
+    if mesh is not None:
+        state = jax.device_put(state, state_shardings(mesh, state))
+    with Checkpoints(out / FOLDER, keep=config.keep) as checkpoints:
+        state, start = restore_newest(checkpoints, state)
+        if start > config.steps:
+            raise UserError(
+                f"{out} holds a run of {start} steps already, more than {config.steps}; choose another --out"
+            )
+        if start < config.steps:
+            _forget_after(out / "metrics.jsonl", start)
+            state = _train(stage, config, sample, mesh, checkpoints, state, start)
+    return state
+
+
+def _train(
+    stage: Stage,
+    config: LoopConfig,
+    sample: Callable[[PyTree, int], Mapping[str, Any]] | None,
+    mesh: Mesh | None,
+    checkpoints: Checkpoints,
+    state: PyTree,
+    start: int,
+) -> PyTree:
+    if mesh is None:
+        step_fn = jax.jit(stage.step, donate_argnums=0)
+    else:
+        # The state comes back as it went in; left to itself the partitioner may choose otherwise.
+        step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(state_shardings(mesh, state), None))
     key = jax.random.key(config.seed)
     window: list[Mapping[str, jax.Array]] = []
     saved = clock = time.monotonic()
-    with (out / "metrics.jsonl").open("a") as log:
+    with (Path(config.out) / "metrics.jsonl").open("a") as log:
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=2.0):
-            state, metrics = step_fn(state, stage.batch(step), jax.random.fold_in(key, step))
+            batch = stage.batch(step)
+            if mesh is not None:
+                batch = put_batch(mesh, batch)
+            state, metrics = step_fn(state, batch, jax.random.fold_in(key, step))
             window.append(metrics)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
@@ -83,7 +119,7 @@ def run(
                 print(json.dumps({"step": done, **sample(state, done)}), file=log, flush=True)
                 clock = time.monotonic()
             if time.monotonic() - saved > config.checkpoint_every or done == config.steps:
-                save_state(out / "state.safetensors", state, done)
+                checkpoints.save(done, named(state))
                 saved = time.monotonic()
     return state
 
@@ -92,3 +128,19 @@ def average(window: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
     """The mean of each metric over the steps that reported it (the updates of rCM take turns)."""
     names = dict.fromkeys(name for metrics in window for name in metrics)
     return {k: float(np.mean([jax.device_get(m[k]) for m in window if k in m])) for k in names}
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the lines of steps that are about to be taken again, and one that a killed run had half written."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    partial = log.with_name(log.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, log)

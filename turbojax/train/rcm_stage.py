@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from turbojax.attention import AttentionConfig
 from turbojax.samplers.rcm import MID_TIMES
 from turbojax.train import ema, rcm
 from turbojax.train.flow import Velocity
+from turbojax.train.gradients import gradient
 from turbojax.train.student import SLA, AdamConfig, Clips, HostArray, Networks, skipped
 from turbojax.train.trigflow import Latents, LogNormal, Times, UniformShift
 
 Phase = Literal["consistency", "both", "critic"]
+Data = tuple[HostArray, HostArray]
 
 # The published distributions of noise levels (1.3B), and rates that suit a network of a million parameters.
 CONSISTENCY_TIMES, CRITIC_TIMES = LogNormal(0.7, 1.6), UniformShift(5.0)
@@ -31,6 +34,7 @@ ADAM = AdamConfig(1.5e-4, b1=0.0, b2=0.99, warmup=20, hold=0.5)
 class RCMConfig:
     """What a distillation run does; `steps` counts the student's and the critic's updates together.
 
+    accumulate: parts of the batch that are worked on one after the other.
     guidance: of the teacher, which the student takes in. consistency_times, critic_times: how noise levels are drawn.
     student_every: one student update in so many. tangent_warmup: updates over which the consistency tangent grows, and
     before which there is neither DMD nor critic. fixed_times: DMD simulates the sampler's own grid; None draws times.
@@ -39,6 +43,7 @@ class RCMConfig:
 
     steps: int = 2000
     batch: int = 8
+    accumulate: int = 1
     seed: int = 0
     guidance: float = 3.0
     attention: AttentionConfig = SLA
@@ -90,18 +95,29 @@ class RCMState(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("latents", "context", "simulation_steps", "warmup"),
+    data_fields=("latents", "context", "empty", "teacher", "simulation_steps", "warmup"),
     meta_fields=("phase",),
 )
 @dataclass(frozen=True)
 class RCMBatch:
-    """One step's data. The phase is static: each has a program of its own."""
+    """One step's clips, the empty prompt, the frozen teacher. The phase is static: each has a program of its own."""
 
     latents: HostArray
     context: HostArray
+    empty: Array
+    teacher: PyTree
     simulation_steps: HostArray
     warmup: HostArray
     phase: Phase
+
+    @property
+    def data(self) -> Data:
+        """What has one row a sample."""
+        return self.latents, self.context
+
+    def part(self, data: Data) -> RCMBatch:
+        """The same with other samples."""
+        return dataclasses.replace(self, latents=data[0], context=data[1])
 
 
 class RCMStage:
@@ -110,6 +126,7 @@ class RCMStage:
     def __init__(self, config: RCMConfig, networks: Networks, clips: Clips, start: PyTree | None = None):
         self.config, self.networks, self.clips = config, networks, clips
         self._start = networks.graft() if start is None else start
+        self._empty = jnp.asarray(clips.empty)
         total = config.student_total()
         self.student_optimizer = config.student_optimizer.make(total)
         self.critic_optimizer = config.critic_optimizer.make(max(1, config.steps - total))
@@ -129,40 +146,40 @@ class RCMStage:
         drawn, config = self.clips.draw(step, self.config.batch), self.config
         warmup = 1.0 if config.tangent_warmup == 0 else min(1.0, step / config.tangent_warmup)
         simulation_steps = np.int32(config.simulation_steps(step))
-        return RCMBatch(drawn.latents, drawn.context, simulation_steps, np.float32(warmup), config.phase(step))
+        frozen = (self._empty, self.networks.teacher_params)
+        return RCMBatch(*drawn, *frozen, simulation_steps, np.float32(warmup), config.phase(step))
 
     def step(self, state: RCMState, batch: RCMBatch, key: jax.Array) -> tuple[RCMState, Mapping[str, jax.Array]]:
         return (self._update_critic if batch.phase == "critic" else self._update_student)(state, batch, key)
 
     def _update_student(self, state: RCMState, batch: RCMBatch, key: jax.Array) -> tuple[RCMState, Mapping[str, Array]]:
-        def loss(params: PyTree) -> tuple[Array, dict[str, Array]]:
-            parts = self.student_losses(params, state.critic, batch, key)
+        def loss(params: PyTree, data: Data, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+            parts = self.student_losses(params, state.critic, batch.part(data), key)
             return sum((jnp.mean(x) for x in parts.values()), jnp.zeros(())), {k: jnp.mean(x) for k, x in parts.items()}
 
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.student)
+        grads, metrics = gradient(loss, state.student, batch.data, key, self.config.accumulate)
         changes, student_opt = self.student_optimizer.update(grads, state.student_opt, state.student)
         student = optax.apply_updates(state.student, changes)
         average = ema.update(state.ema, student, self.config.ema_rate, state.updates)
-        metrics |= {"student_grad_norm": optax.tree.norm(grads), "skipped": skipped(student_opt)}
+        metrics = {**metrics, "student_grad_norm": optax.tree.norm(grads), "skipped": skipped(student_opt)}
         state = state._replace(student=student, ema=average, student_opt=student_opt, updates=state.updates + 1)
         return state, metrics
 
     def _update_critic(self, state: RCMState, batch: RCMBatch, key: jax.Array) -> tuple[RCMState, Mapping[str, Array]]:
-        made_key, time_key, noise_key = jax.random.split(key, 3)
-        frozen = self._student(state.student, batch)
-        made = self._made(frozen, frozen, batch, made_key)
-        t = self.config.critic_times.draw(time_key, len(made))
-        noise = jax.random.normal(noise_key, made.shape)
-        loss, grads = jax.value_and_grad(lambda p: jnp.mean(rcm.critic_losses(self._critic(p, batch), made, noise, t)))(
-            state.critic
-        )
+        def loss(params: PyTree, data: Data, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+            part = batch.part(data)
+            made_key, time_key, noise_key = jax.random.split(key, 3)
+            frozen = self._student(state.student, part)
+            made = self._made(frozen, frozen, part, made_key)
+            t = self.config.critic_times.draw(time_key, len(made))
+            noise = jax.random.normal(noise_key, made.shape)
+            value = jnp.mean(rcm.critic_losses(self._critic(params, part), made, noise, t))
+            return value, {"critic": value}
+
+        grads, metrics = gradient(loss, state.critic, batch.data, key, self.config.accumulate)
         changes, critic_opt = self.critic_optimizer.update(grads, state.critic_opt, state.critic)
         critic = optax.apply_updates(state.critic, changes)
-        metrics = {
-            "critic": loss,
-            "critic_grad_norm": optax.tree.norm(grads),
-            "critic_skipped": skipped(critic_opt),
-        }
+        metrics = {**metrics, "critic_grad_norm": optax.tree.norm(grads), "critic_skipped": skipped(critic_opt)}
         return state._replace(critic=critic, critic_opt=critic_opt), metrics
 
     def student_losses(self, params: PyTree, critic: PyTree, batch: RCMBatch, key: jax.Array) -> dict[str, Array]:
@@ -170,14 +187,16 @@ class RCMStage:
         config = self.config
         keys = iter(jax.random.split(key, 5))
         student, frozen = self._student(params, batch), self._student(jax.lax.stop_gradient(params), batch)
-        teacher = rcm.guided(self.networks.teacher, batch.context, self.clips.empty, config.guidance)
+        dense = functools.partial(self.networks.like_teacher, batch.teacher)
+        teacher = rcm.guided(dense, batch.context, batch.empty, config.guidance)
         latents = batch.latents.astype(jnp.float32)
         count, parts = len(latents), {}
         if config.consistency_scale:
             time_key, noise = next(keys), jax.random.normal(next(keys), latents.shape)
             if config.consistency == "continuous":
                 t = config.consistency_times.draw(time_key, count)
-                losses = rcm.consistency_losses(student, frozen, teacher, latents, noise, t, batch.warmup)
+                moving = self._student(jax.lax.stop_gradient(params), batch, forward_mode=True)
+                losses = rcm.consistency_losses(student, moving, teacher, latents, noise, t, batch.warmup)
             else:
                 u = jax.random.uniform(time_key, (count,)) * (1.0 - 1.0 / 48)
                 losses = rcm.discrete_consistency_losses(student, frozen, teacher, latents, noise, u)
@@ -190,8 +209,8 @@ class RCMStage:
             parts["distribution"] = config.distribution_scale * losses
         return parts
 
-    def _student(self, params: PyTree, batch: RCMBatch) -> Velocity:
-        return lambda x, timestep: self.networks.student(params, x, timestep, batch.context)
+    def _student(self, params: PyTree, batch: RCMBatch, *, forward_mode: bool = False) -> Velocity:
+        return lambda x, timestep: self.networks.student(params, x, timestep, batch.context, forward_mode=forward_mode)
 
     def _critic(self, params: PyTree, batch: RCMBatch) -> Velocity:
         return lambda x, timestep: self.networks.like_teacher(params, x, timestep, batch.context)

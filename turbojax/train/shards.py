@@ -12,6 +12,7 @@ stopped. Only headers are read at first; then a batch at a time, the next one wh
 from __future__ import annotations
 
 import glob
+import itertools
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,7 +97,7 @@ def index_shard(shard: Path) -> list[Entry]:
 def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:
     """Every sample once: shards in random order, and the samples of `window` shards at a time shuffled together."""
     rng = np.random.default_rng((seed, epoch))
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    starts = [0, *itertools.accumulate(counts)]
     shards = rng.permutation(len(counts))
     order = []
     for first in range(0, len(shards), window):

@@ -6,6 +6,7 @@ loss on data). With `guidance` the white-box target is the teacher's guided velo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -18,8 +19,9 @@ from jaxtyping import Array, Float, PyTree
 from turbojax.attention import AttentionConfig
 from turbojax.train import ema
 from turbojax.train.flow import Velocity, add_noise
+from turbojax.train.gradients import gradient
 from turbojax.train.rcm import guided
-from turbojax.train.student import SLA, AdamConfig, Clips, Drawn, Networks, skipped
+from turbojax.train.student import SLA, AdamConfig, Clips, HostArray, Networks, skipped
 from turbojax.train.trigflow import Latents, LogNormal, Times, rf_time
 
 Trained = Literal["all", "attention", "proj_l"]
@@ -45,10 +47,14 @@ def trained_leaves(params: PyTree, what: Trained) -> PyTree:
 
 @dataclass(frozen=True)
 class SLAConfig:
-    """What a fine-tuning run does. `loss`: white_box (the teacher's velocity) or black_box (noise - latents)."""
+    """What a fine-tuning run does. `loss`: white_box (the teacher's velocity) or black_box (noise - latents).
+
+    accumulate: parts of the batch that are worked on one after the other.
+    """
 
     steps: int = 500
     batch: int = 8
+    accumulate: int = 1
     seed: int = 0
     attention: AttentionConfig = SLA
     times: Times = TIMES
@@ -66,19 +72,33 @@ class SLAState(NamedTuple):
     updates: Array
 
 
+class SLABatch(NamedTuple):
+    """One step's clips and their captions, the empty prompt, and the frozen teacher, which lies on the device."""
+
+    latents: HostArray
+    context: HostArray
+    empty: Array
+    teacher: PyTree
+
+
+# Fields of a batch that do not have one row a sample.
+FROZEN = ("empty", "teacher")
+
+
 class SLAStage:
     """The stage that `loop.run` drives; `start`: a student to go on from, instead of the teacher grafted."""
 
     def __init__(self, config: SLAConfig, networks: Networks, clips: Clips, start: PyTree | None = None):
         self.config, self.networks, self.clips = config, networks, clips
         self._start = networks.graft() if start is None else start
+        self._empty = jnp.asarray(clips.empty)
         self.optimizer = config.optimizer.make(config.steps, trained_leaves(self._start, config.trained))
 
     def init(self) -> SLAState:
         params = jax.tree.map(jnp.copy, self._start)
         return SLAState(params, jax.tree.map(jnp.copy, params), self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def losses(self, params: PyTree, batch: Drawn, key: jax.Array) -> Float[Array, "B"]:
+    def losses(self, params: PyTree, batch: SLABatch, key: jax.Array) -> Float[Array, "B"]:
         time_key, noise_key = jax.random.split(key)
         latents = batch.latents.astype(jnp.float32)
         s = rf_time(self.config.times.draw(time_key, len(latents)))
@@ -90,16 +110,23 @@ class SLAStage:
         if self.config.loss == "black_box":
             x = add_noise(latents, noise, s)
             return jnp.mean(jnp.square(student(x, 1000.0 * s) - (noise - latents)), axis=(1, 2, 3, 4))
-        teacher = guided(self.networks.teacher, batch.context, self.clips.empty, self.config.guidance)
+        dense = functools.partial(self.networks.like_teacher, batch.teacher)
+        teacher = guided(dense, batch.context, batch.empty, self.config.guidance)
         return white_box_losses(student, teacher, latents, noise, s)
 
-    def step(self, state: SLAState, batch: Drawn, key: jax.Array) -> tuple[SLAState, Mapping[str, jax.Array]]:
-        loss, grads = jax.value_and_grad(lambda p: jnp.mean(self.losses(p, batch, key)))(state.params)
+    def step(self, state: SLAState, batch: SLABatch, key: jax.Array) -> tuple[SLAState, Mapping[str, jax.Array]]:
+        def loss(params: PyTree, data: dict[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
+            value = jnp.mean(self.losses(params, batch._replace(**data), key))
+            return value, {"loss": value}
+
+        data = {name: rows for name, rows in batch._asdict().items() if name not in FROZEN}
+        grads, metrics = gradient(loss, state.params, data, key, self.config.accumulate)
         changes, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         average = ema.update(state.ema, params, self.config.ema_rate, state.updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "skipped": skipped(opt_state)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "skipped": skipped(opt_state)}
         return SLAState(params, average, opt_state, state.updates + 1), metrics
 
-    def batch(self, step: int) -> Drawn:
-        return self.clips.draw(step, self.config.batch)
+    def batch(self, step: int) -> SLABatch:
+        drawn = self.clips.draw(step, self.config.batch)
+        return SLABatch(drawn.latents, drawn.context, self._empty, self.networks.teacher_params)

@@ -1,43 +1,48 @@
-"""A training state on disk: one safetensors file, replaced whole, so that a killed run finds the last good one."""
+"""A training state by name, as its checkpoints keep it: a state of another run is refused, telling what differs."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
-from safetensors.numpy import load_file, save_file
 
-_STEP = "step"
+from turbojax.checkpoint import Checkpoints
+from turbojax.errors import UserError
 
-
-def _named(state: PyTree) -> dict[str, jax.Array]:
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+FOLDER = "checkpoints"
 
 
-def save_state(path: str | Path, state: PyTree, step: int) -> None:
-    """Write every leaf of `state` and the number of steps taken."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    arrays = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
-    save_file({**arrays, _STEP: np.asarray(step)}, partial)
-    os.replace(partial, path)
+def named(state: PyTree) -> dict[str, jax.Array]:
+    """Every leaf by dotted path."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): jnp.asarray(leaf) for path, leaf in leaves}
 
 
-def restore_state(path: str | Path, like: PyTree) -> tuple[PyTree, int]:
-    """Read `save_state`'s file into the structure of `like`; returns (state, steps taken).
+def restore_newest(checkpoints: Checkpoints, like: PyTree) -> tuple[PyTree, int]:
+    """(state, steps taken) of the newest checkpoint, in the structure and on the devices of `like`; (like, 0) if none.
 
-    Raises ValueError naming what differs, when the file is of another model or optimiser.
+    Raises UserError naming what differs, when it is of another model or optimiser.
     """
-    arrays = load_file(path)
-    step = int(arrays.pop(_STEP))
-    wanted = {name: (leaf.shape, jnp.dtype(leaf.dtype)) for name, leaf in _named(like).items()}
-    found = {name: (a.shape, jnp.dtype(a.dtype)) for name, a in arrays.items()}
-    if wanted != found:
-        different = sorted({n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)})
-        raise ValueError(f"{path}: a state of another run, {len(different)} arrays differ, the first: {different[0]}")
-    leaves = [jnp.asarray(arrays[name]) for name in wanted]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), step
+    step = checkpoints.newest()
+    if step is None:
+        return like, 0
+    wanted, found = named(like), checkpoints.shapes(step)
+    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+    if expected != found:
+        different = sorted({n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)})
+        raise UserError(
+            f"{checkpoints.folder} holds a state of another run: {len(different)} arrays differ, the first: "
+            f"{different[0]}; choose another --out"
+        )
+    arrays = checkpoints.restore(step, wanted)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), step
+
+
+def restore_run(out: Path, like: PyTree) -> tuple[PyTree, int] | None:
+    """`restore_newest` of a run in `out`; None where there is no such run."""
+    if not (out / FOLDER).is_dir():
+        return None
+    with Checkpoints(out / FOLDER) as checkpoints:
+        return None if checkpoints.newest() is None else restore_newest(checkpoints, like)

@@ -6,20 +6,23 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from turbojax.attention import DENSE, AttentionConfig
 from turbojax.checkpoint import load_component, save_component
 from turbojax.config import PRESETS
-from turbojax.models.dit import WanDiT
+from turbojax.errors import UserError
+from turbojax.models.dit import Remat, WanDiT
 from turbojax.pipeline_config import PipelineConfig
+from turbojax.sharding import component_sharding, make_mesh
 from turbojax.tokenizer import Tokenizer
 from turbojax.train import data, loop
 from turbojax.train.encoded import encode_scenes
@@ -76,10 +79,12 @@ class Networks:
     """The teacher, and the shape of a student that computes its self-attention as `attention` says.
 
     A student with SLA has a `proj_l` in each block, zero at first: it starts as the teacher with sparse attention.
+    Both compute in the teacher's dtype; what trains is float32. remat: what backward passes recompute.
     """
 
-    def __init__(self, teacher: WanDiT, attention: AttentionConfig):
+    def __init__(self, teacher: WanDiT, attention: AttentionConfig, remat: Remat = "none"):
         self.attention = attention
+        self.remat: Remat = remat
         self.teacher_config = teacher.config
         self._teacher, state = nnx.split(teacher)
         self.teacher_params = nnx.to_pure_dict(state)
@@ -98,20 +103,27 @@ class Networks:
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), self.teacher_params)
 
     def teacher(self, latents: Array, timestep: Array, context: Array) -> Array:
+        """The teacher's velocity. Inside a step take the teacher from the batch: here it is a constant, compiled in."""
         return self.like_teacher(self.teacher_params, latents, timestep, context)
 
     def like_teacher(self, params: PyTree, latents: Array, timestep: Array, context: Array) -> Array:
-        """Velocity of a dense network with the teacher's shape."""
-        return nnx.merge(self._teacher, params)(latents, timestep, context, attention=DENSE)
+        """Velocity of a dense network with the teacher's shape: a critic's, or its own."""
+        dit = nnx.merge(self._teacher, params)
+        return dit(latents, timestep, context, attention=DENSE, remat=self.remat)
 
-    def student(self, params: PyTree, latents: Array, timestep: Array, context: Array) -> Array:
-        return nnx.merge(self._student, params)(latents, timestep, context, attention=self.attention)
+    def student(
+        self, params: PyTree, latents: Array, timestep: Array, context: Array, *, forward_mode: bool = False
+    ) -> Array:
+        """Velocity of the student. forward_mode: by attention that `jax.jvp` can pass through on every platform."""
+        attention = dataclasses.replace(self.attention, implementation="xla") if forward_mode else self.attention
+        dit = nnx.merge(self._student, params)
+        return dit(latents, timestep, context, attention=attention, remat=self.remat)
 
     def load(self, folder: Path) -> PyTree:
         """An exported student's weights, in float32."""
         student = load_component(folder)
         if student.config != self.config:
-            raise ValueError(f"{folder}: a student of another shape than the teacher's")
+            raise UserError(f"{folder}: a student of another shape than the teacher's")
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), nnx.to_pure_dict(nnx.split(student)[1]))
 
     def export(self, params: PyTree, folder: Path) -> None:
@@ -171,28 +183,85 @@ class Clips:
         return Drawn(self.latents[rows], self.contexts[texts])
 
 
-def prepare(
-    teacher: Path, pca: Path, out: Path, *, attention: AttentionConfig, clips: int, seed: int
-) -> tuple[Networks, Clips]:
-    """The networks and the data of a run.
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run reads and writes, and how it is spread: what `turbojax train` adds to a stage's own settings.
+
+    start: exported weights to go on from. pca: the codec of the procedural clips; clips: how many are drawn, from
+    data_seed. compute: dtype of the networks (None: as stored; what trains is float32 always). remat: what backward
+    passes recompute. data, fsdp: the mesh (`turbojax.sharding`). checkpoint_every: seconds. keep: checkpoints.
+    """
+
+    out: Path | None = None
+    export: Path | None = None
+    start: Path | None = None
+    pca: Path | None = None
+    clips: int = 16_384
+    data_seed: int = 0
+    compute: Literal["bfloat16", "float32"] | None = None
+    remat: Remat = "none"
+    data: int = 1
+    fsdp: int = 1
+    log_every: int = 20
+    sample_every: int = 500
+    checkpoint_every: float = 180.0
+    keep: int = 2
+
+    def loop(self, steps: int, seed: int) -> loop.LoopConfig:
+        return loop.LoopConfig(
+            steps, str(self.out), seed, self.log_every, self.checkpoint_every, self.sample_every, self.keep
+        )
+
+    def mesh(self) -> Mesh | None:
+        return None if self.data == self.fsdp == 1 else make_mesh(self.data, self.fsdp)
+
+
+@dataclass(frozen=True)
+class StudentRun(RunConfig):
+    """A run that learns from a teacher.
 
     teacher: what the teacher stage exports (dit/ and text_encoder/), or a pipeline folder that says where they lie.
+    shards: pattern of tar files that replace the procedural clips, with `negative`, the features of the negative prompt
+    (a .pt file), and of their latents the first `latent_frames`. sheet_*: how sample sheets are drawn.
     """
-    described = teacher / "pipeline.json"
-    parts = PipelineConfig.from_json(described.read_text()).parts if described.exists() else {}
-    encoder = load_component(teacher / parts.get("text_encoder", "text_encoder"), dtype="float32")
+
+    teacher: Path | None = None
+    shards: str | None = None
+    negative: Path | None = None
+    latent_frames: int | None = None
+    sheet_guidance: float = 2.0
+    sheet_shift: float = 3.0
+    sheet_sigma_max: float = 80.0
+
+
+def prepare_networks(run: StudentRun, attention: AttentionConfig) -> Networks:
+    """The teacher, spread over the run's mesh, and the shape of its student."""
+    assert run.teacher is not None
+    mesh = run.mesh()
+    sharding = None if mesh is None else component_sharding(mesh)
+    teacher = load_component(part_folder(run.teacher, "dit"), run.compute, sharding=sharding)
+    return Networks(teacher, attention, run.remat)
+
+
+def prepare_clips(run: StudentRun, seed: int) -> Clips:
+    """The procedural clips, encoded once into `run.out`."""
+    assert run.teacher is not None
+    assert run.pca is not None
+    assert run.out is not None
+    encoder = load_component(part_folder(run.teacher, "text_encoder"), dtype="float32")
     if encoder.config != TEXT_ENCODER:
-        raise ValueError(f"{teacher}: its text encoder is not the small model's")
-    networks = Networks(load_component(teacher / parts.get("dit", "dit")), attention)
-    scenes = data.clips(seed + 1000, clips)
-    latents = encode_scenes(scenes, PCALatents.load(pca), out / f"latents-{seed}-{clips}.npy")
+        raise UserError(f"{run.teacher}: its text encoder is not the small model's; other models train on --shards")
+    scenes = data.clips(run.data_seed + 1000, run.clips)
+    latents = encode_scenes(scenes, PCALatents.load(run.pca), run.out / f"latents-{run.data_seed}-{run.clips}.npy")
     combinations = [(s.colour, s.shape, s.motion) for s in scenes]
     tokenizer = Tokenizer.load(SHIPPED_TOKENIZER, PRESETS["tiny"].text_len)
     graph, state = nnx.split(encoder)
     encode = jax.jit(lambda ids, mask: nnx.merge(graph, state)(ids, mask))
-    return networks, Clips(latents, combinations, tokenizer, encode, seed)
+    return Clips(latents, combinations, tokenizer, encode, seed)
 
 
-def train(stage: loop.Stage, *, steps: int, out: Path, seed: int, checkpoint_every: float = 120.0) -> PyTree:
-    """Run, or resume, a stage in `out`."""
-    return loop.run(stage, loop.LoopConfig(steps, str(out), seed, checkpoint_every=checkpoint_every))
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part of a pipeline, or of an exported teacher, lies."""
+    described = folder / "pipeline.json"
+    parts = PipelineConfig.from_json(described.read_text()).parts if described.exists() else {}
+    return folder / parts.get(part, part)

@@ -7,27 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from turbojax.checkpoint import save_component
 from turbojax.config import PRESETS, DiTConfig
-from turbojax.models.dit import WanDiT
+from turbojax.models.dit import Remat, WanDiT
 from turbojax.models.umt5 import UMT5Encoder
-from turbojax.samplers import flow
 from turbojax.tokenizer import Tokenizer
-from turbojax.train import data, loop
+from turbojax.train import data
 from turbojax.train import evaluate as evaluation
 from turbojax.train.encoded import encode_scenes
 from turbojax.train.flow import sample_noise_levels, velocity_errors
+from turbojax.train.gradients import gradient
 from turbojax.train.optimizer import OptimizerConfig, make_optimizer
 from turbojax.train.pca import PCALatents
-from turbojax.video import contact_sheet
+from turbojax.train.sheets import Sheets, fixed_noise, many_steps
 
 TEXT_ENCODER = PRESETS["tiny"].text_encoder
 SHIPPED_TOKENIZER = Path(__file__).parent.parent / "tiny" / "tokenizer"
@@ -35,11 +35,11 @@ SHIPPED_TOKENIZER = Path(__file__).parent.parent / "tiny" / "tokenizer"
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """How the shipped teacher is trained; `clips` scenes are drawn once from `seed` and encoded."""
+    """How the shipped teacher is trained. accumulate: parts of the batch that are worked on one after the other."""
 
-    steps: int = 10_000
+    steps: int = 9_000
     batch: int = 8
-    clips: int = 16_384
+    accumulate: int = 1
     seed: int = 0
     shift: float = 3.0
     caption_dropout: float = 0.1
@@ -80,7 +80,10 @@ class Captions:
 
 
 class Teacher:
-    """The stage that `loop.run` drives. `latents` [clips,t,h,w,C] and `combinations` describe the same scenes."""
+    """The stage that `loop.run` drives. `latents` [clips,t,h,w,C] and `combinations` describe the same scenes.
+
+    start: {"dit", "text"} trees to go on from; compute: dtype of the DiT; remat: what its backward pass recomputes.
+    """
 
     def __init__(
         self,
@@ -89,11 +92,14 @@ class Teacher:
         combinations: list[tuple[str, str, str]],
         tokenizer: Tokenizer,
         start: PyTree | None = None,
+        compute: DTypeLike = jnp.bfloat16,
+        remat: Remat = "none",
     ):
         self.config, self.latents, self.combinations = config, latents, combinations
         self.tokenizer, self.captions = tokenizer, Captions(tokenizer)
         self.start = start
-        dit = WanDiT(config.dit, rngs=nnx.Rngs(config.seed), dtype=jnp.bfloat16)
+        self.remat: Remat = remat
+        dit = WanDiT(config.dit, rngs=nnx.Rngs(config.seed), dtype=compute)
         text = UMT5Encoder(TEXT_ENCODER, rngs=nnx.Rngs(config.seed + 1), dtype=jnp.float32)
         (self.dit, dit_state), (self.text, text_state) = nnx.split(dit), nnx.split(text)
         self._params = {"dit": nnx.to_pure_dict(dit_state), "text": nnx.to_pure_dict(text_state)}
@@ -114,7 +120,7 @@ class Teacher:
     def velocity(
         self, params: PyTree, latents: Float[Array, "B t h w C"], timestep: Float[Array, "B"], context: Array
     ) -> Float[Array, "B t h w C"]:
-        return nnx.merge(self.dit, params["dit"])(latents, timestep, context)
+        return nnx.merge(self.dit, params["dit"])(latents, timestep, context, remat=self.remat)
 
     def losses(self, params: PyTree, batch: Batch, key: jax.Array) -> Float[Array, "B"]:
         level_key, noise_key = jax.random.split(key)
@@ -125,13 +131,17 @@ class Teacher:
         return velocity_errors(lambda x, t: self.velocity(params, x, t, context), latents, noise, s)
 
     def step(self, state: TeacherState, batch: Batch, key: jax.Array) -> tuple[TeacherState, Mapping[str, jax.Array]]:
-        loss, grads = jax.value_and_grad(lambda p: jnp.mean(self.losses(p, batch, key)))(state.params)
+        def loss(params: PyTree, part: Batch, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+            value = jnp.mean(self.losses(params, part, key))
+            return value, {"loss": value}
+
+        grads, metrics = gradient(loss, state.params, batch, key, self.config.accumulate)
         opt_state: Any
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = self.config.optimizer.ema
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "skipped": opt_state.total_notfinite}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "skipped": opt_state.total_notfinite}
         return TeacherState(params, ema, opt_state), metrics
 
     def batch(self, step: int) -> Batch:
@@ -144,52 +154,43 @@ class Teacher:
         return Batch(self.latents[rows], self.captions.ids[texts], self.captions.mask[texts])
 
 
-class Sampler:
+class Sampler(Sheets):
     """Clips from the averaged weights, drawn through the PCA codec: what the sample sheets show while training."""
 
     def __init__(self, stage: Teacher, pca: PCALatents, folder: Path, steps: int = 20, guidance: float = 3.0):
-        self.stage, self.pca, self.folder = stage, pca, folder
-        self.wanted = evaluation.pairs(8, seed=1)
-        prompts = [evaluation.prompt_of(combination) for combination, _ in self.wanted]
-        self.ids, self.mask = stage.tokenizer([*prompts, *[""] * len(prompts)])
-        shape = stage.latents.shape[1:]
-        noise = [np.random.default_rng(seed).standard_normal(shape, np.float32) for _, seed in self.wanted]
-        self.noise = np.stack(noise)
+        wanted = evaluation.pairs(8, seed=1)
+        prompts = [evaluation.prompt_of(combination) for combination, _ in wanted]
+        ids, mask = stage.tokenizer([*prompts, *[""] * len(prompts)])
+        noise = fixed_noise([seed for _, seed in wanted], stage.latents.shape[1:])
 
-        @jax.jit
-        def clips(params: PyTree) -> Float[Array, "B T H W 3"]:
-            context = stage.context(params, self.ids, self.mask)
+        def latents(params: PyTree) -> Array:
+            context, empty = jnp.split(stage.context(params, ids, mask), 2)
+            draw = many_steps(
+                stage.velocity, context, empty[:1], noise, guidance=guidance, shift=stage.config.shift, steps=steps
+            )
+            return draw(params)
 
-            def velocity(x: Array, s: Array) -> Array:
-                return stage.velocity(params, x, jnp.full(len(x), 1000.0 * s), context)
-
-            guide = flow.guided(velocity, guidance)
-            return pca.decode(flow.unipc(guide, self.noise, num_steps=steps, shift=stage.config.shift))
-
-        self._clips = clips
-
-    def __call__(self, state: TeacherState, step: int) -> Mapping[str, Any]:
-        videos = data.to_uint8(np.asarray(self._clips(state.ema)))
-        scores = [
-            evaluation.score(v, combination, seed) for v, (combination, seed) in zip(videos, self.wanted, strict=True)
-        ]
-        imageio.imwrite(self.folder / "sheet.png", contact_sheet(list(videos)))
-        return evaluation.summarise(scores)
+        super().__init__(folder, latents, lambda codec, z: codec.decode(z), pca, wanted)
 
 
-def train_teacher(
-    config: TeacherConfig, out: Path, pca_file: Path, tokenizer_folder: Path | None = None
-) -> tuple[Teacher, TeacherState]:
-    """Train, or resume, into `out`: state.safetensors, metrics.jsonl, sheet.png; returns the stage and its end."""
-    pca = PCALatents.load(pca_file)
-    scenes = data.clips(config.seed + 1000, config.clips)
-    cache = out / f"latents-{config.seed}-{config.clips}.npy"
-    latents = encode_scenes(scenes, pca, cache)
+def prepare_teacher(
+    config: TeacherConfig,
+    pca: PCALatents,
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    clips: int = 16_384,
+    data_seed: int = 0,
+    start: PyTree | None = None,
+    compute: DTypeLike | None = None,
+    remat: Remat = "none",
+) -> Teacher:
+    """The stage on `clips` scenes drawn from `data_seed`, whose latents are kept in `out`."""
+    scenes = data.clips(data_seed + 1000, clips)
+    latents = encode_scenes(scenes, pca, out / f"latents-{data_seed}-{clips}.npy")
     combinations = [(s.colour, s.shape, s.motion) for s in scenes]
-    tokenizer = Tokenizer.load(tokenizer_folder or SHIPPED_TOKENIZER, PRESETS["tiny"].text_len)
-    stage = Teacher(config, latents, combinations, tokenizer)
-    settings = loop.LoopConfig(steps=config.steps, out=str(out), seed=config.seed)
-    return stage, loop.run(stage, settings, Sampler(stage, pca, out))
+    words = Tokenizer.load(tokenizer or SHIPPED_TOKENIZER, PRESETS["tiny"].text_len)
+    return Teacher(config, latents, combinations, words, start, jnp.bfloat16 if compute is None else compute, remat)
 
 
 def export(stage: Teacher, state: TeacherState, out: Path) -> None:

@@ -34,7 +34,7 @@ from turbojax.config import PRESETS, VAEConfig
 from turbojax.models.vae import WanVAE
 from turbojax.train import data, loop
 from turbojax.train.pca import PCALatents, fit_pca_latents
-from turbojax.train.state import restore_state
+from turbojax.train.state import restore_run
 from turbojax.train.vae_measure import contact_sheet, evaluate, measure, unseen_clips
 
 Part = Literal["pca", "decoder", "encoder", "joint", "polish"]
@@ -207,8 +207,8 @@ class VAEStage:
         state = VAEState(self._params, self.optimizer.init(self._params))
         params = dict(nnx.to_flat_state(state.params))
         for part in PARTS[1 : PARTS.index(self.config.part)]:
-            if (earlier := state_path(self.config.out, part)).exists():
-                trained = nnx.to_flat_state(restore_state(earlier, state)[0].params)
+            if (earlier := restore_run(self.config.out / part, state)) is not None:
+                trained = nnx.to_flat_state(earlier[0].params)
                 params |= {path: leaf for path, leaf in trained if path[0] in TRAINS[part]}
         return state._replace(params=nnx.from_flat_state(params))
 
@@ -231,14 +231,10 @@ class VAEStage:
         return nnx.merge(self.graphdef, params)
 
 
-def state_path(out: Path, part: Part) -> Path:
-    return out / part / "state.safetensors"
-
-
 def train_vae(config: TrainVAEConfig) -> Mapping[str, Mapping[str, float]]:
     """Run or resume one part; returns its last evaluation.
 
-    Part pca leaves `pca_path`; the others leave in `out`/{part}: state.safetensors, metrics.jsonl, the component
+    Part pca leaves `pca_path`; the others leave in `out`/{part}: checkpoints/, metrics.jsonl, the component
     folder vae/, and sheet.png with three rows a clip: true, decoded from its PCA latents, and round trip.
     """
     if config.part == "pca":
