@@ -32,10 +32,13 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Convert one component (SOURCE), or with --dit a whole pipeline, without torch."
     parser.add_argument(
-        "source", nargs="?", metavar="SOURCE", help="a checkpoint file or folder; kind and shape are inferred"
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help="a checkpoint file or folder, kind and shape are inferred; or the folder of a whole published model",
     )
     for name, text in {
-        "dit": "the DiT; the high-noise expert where there are two",
+        "dit": "the DiT; the high-noise expert where there are two, or the folder that holds both",
         "dit-low": "the low-noise expert",
         "vae": "the VAE",
         "text-encoder": "the umT5 encoder",
@@ -70,11 +73,14 @@ def run(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from convert import convert_checkpoint, convert_pipeline
     from convert.inspect import inspect
+    from convert.release import complete, is_release
 
     parts = {name: getattr(args, name) for name in ("dit", "dit_low", "vae", "text_encoder", "tokenizer")}
     given = [name for name, value in parts.items() if value is not None]
     common = {"dtype": args.dtype, "format": args.format, "overwrite": args.overwrite, "model": args.model}
-    if args.source is not None:
+    release = args.source is not None and is_release(Path(args.source))
+    parts = complete(parts, Path(args.source) if release else None)
+    if args.source is not None and not release:
         if given or args.lora_low:
             option = (given or ["lora_low"])[0].replace("_", "-")
             raise UserError(
@@ -85,7 +91,9 @@ def _convert(args: argparse.Namespace) -> int:
         missing = [name for name in ("dit", "vae", "text_encoder", "tokenizer") if parts[name] is None]
         if missing:
             wanted = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-            raise UserError(f"a pipeline also needs {wanted}; or name one SOURCE")
+            raise UserError(
+                f"a pipeline also needs {wanted}; {f'{args.source} lacks it' if release else 'or name one SOURCE'}"
+            )
         if args.prefix is not None:
             raise UserError("--prefix belongs to a single SOURCE; convert that part alone first")
         loras = {"lora": _loras(args.lora), "lora_low": _loras(args.lora_low)}

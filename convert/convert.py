@@ -138,4 +138,6 @@ def _pipeline_config(components: dict[str, Component], model: str | None) -> Pip
     if not dit.linear_branch:
         return PipelineConfig.from_preset(model)
     # A TurboDiffusion checkpoint: distilled to few steps without guidance, trained with sparse-linear attention.
-    return PipelineConfig.from_preset(model, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), attention="sagesla")
+    return PipelineConfig.from_preset(
+        model, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), attention="sagesla", round_timestep=True
+    )

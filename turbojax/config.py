@@ -140,6 +140,9 @@ _TINY = Preset(
 
 PRESETS: Mapping[str, Preset] = {
     "tiny": _TINY,
+    "tiny-i2v": dataclasses.replace(
+        _TINY, dit=dataclasses.replace(_TINY.dit, in_channels=36), boundary=0.9, sigma_max=200.0
+    ),
     "wan2.1-t2v-1.3b": Preset(DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)),
     "wan2.1-t2v-14b": Preset(_DIT_14B),
     "wan2.2-t2v-a14b": Preset(_DIT_14B, boundary=0.875, guidance=(3.0, 4.0), shift=12.0, steps=40),
