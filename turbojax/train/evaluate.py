@@ -5,8 +5,10 @@ Every prompt names a colour, a shape and a motion, so that `oracle.read` can say
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from turbojax.train import data
 from turbojax.train.oracle import read
 
 Combination = tuple[str, str, str]
+ACCURACIES = ("colour", "shape", "motion")
 
 
 @dataclass(frozen=True)
@@ -47,42 +50,78 @@ def prompt_of(combination: Combination) -> str:
     return data.TEMPLATES[0][0].format(colour=colour, shape=shape, motion=motion)
 
 
-def score(frames: UInt8[np.ndarray, "T H W 3"], combination: Combination, seed: int) -> Score:
-    """Read a clip and compare it with what was asked for."""
+def score(
+    frames: UInt8[np.ndarray, "T H W 3"], combination: Combination, seed: int, prompt: str | None = None
+) -> Score:
+    """Read a clip and compare it with what was asked for. prompt: in which words (None: `prompt_of`'s)."""
     seen = read(frames)
     colour, shape, motion = combination
     scene = seen.scene
     place = None if scene is None else (*scene.centre, scene.radius, scene.speed, float(scene.background))
     return Score(
-        prompt_of(combination), seed, combination in data.HELD_OUT,
+        prompt or prompt_of(combination), seed, combination in data.HELD_OUT,
         seen.colour == colour, seen.shape == shape, seen.motion == motion, seen.fit, seen.overlap, place,
     )  # fmt: skip
 
 
-def evaluate(pipeline: Any, wanted: Sequence[tuple[Combination, int]], **options: Any) -> Iterator[tuple[Score, Any]]:
-    """Generate each pair with the pipeline and score it; yields (Score, Video). options: `Pipeline.generate`'s."""
-    for combination, seed in wanted:
-        video = pipeline.generate(prompt_of(combination), seed=seed, progress=False, **options)
-        yield score(video.frames, combination, seed), video
+def summarise(scores: Sequence[Score], agreements: Sequence[float] | None = None) -> dict[str, Any]:
+    """Accuracies with 95% intervals (Wilson); render-fit, overlap, agreement and diversity with theirs (bootstrap).
 
-
-def summarise(scores: Sequence[Score]) -> dict[str, Any]:
-    """Accuracies with 95% intervals, render-fit with its standard error, diversity against drawn clips."""
+    agreements: PSNR of each clip with a reference's from the same noise.
+    """
     if not scores:
         raise ValueError("no clips to summarise")
     out: dict[str, Any] = {"clips": len(scores)}
     for part, chosen in (("", scores), ("held_out_", [s for s in scores if s.held_out])):
         if not chosen:
             continue
-        for name in ("colour", "shape", "motion"):
+        for name in ACCURACIES:
             hits = sum(getattr(s, name) for s in chosen)
             out[part + name] = round(hits / len(chosen), 4)
             out[part + name + "_interval"] = [round(x, 4) for x in wilson(hits, len(chosen))]
-    fits = np.asarray([s.fit for s in scores])
-    out["fit"], out["fit_error"] = round(float(fits.mean()), 3), round(float(fits.std() / math.sqrt(len(fits))), 3)
-    out["overlap"] = round(float(np.mean([s.overlap for s in scores])), 4)
-    out["diversity"] = round(diversity(scores), 3)
+    values = {"fit": [s.fit for s in scores], "overlap": [s.overlap for s in scores]}
+    if agreements is not None:
+        values["agreement"] = list(agreements)
+    for name, column in values.items():
+        array = np.asarray(column)
+        out[name] = round(float(array.mean()), 4)
+        out[name + "_interval"] = bootstrap(len(array), lambda rows, array=array: float(array[rows].mean()))
+    varied = _places(scores)
+    out["diversity"] = round(_diversity(varied, np.arange(len(scores))), 4)
+    out["diversity_interval"] = bootstrap(len(scores), lambda rows: _diversity(varied, rows))
     return out
+
+
+def compare(scores: Sequence[Score], reference: Sequence[Score]) -> dict[str, Any]:
+    """How a model's clips differ from a reference's of the same prompts and seeds, with 95% bootstrapped intervals.
+
+    colour, shape, motion: percentage points above the reference; fit: dB above it; diversity: as a share of its.
+    Pairs are drawn together, so that what a prompt and its noise make hard or easy does not widen the intervals.
+    """
+    if [(s.prompt, s.seed) for s in scores] != [(s.prompt, s.seed) for s in reference]:
+        raise ValueError("two models can only be compared on the same prompts and seeds")
+    count, out = len(scores), {}
+    for name, scale in (*((name, 100.0) for name in ACCURACIES), ("fit", 1.0)):
+        change = scale * np.asarray(
+            [float(getattr(a, name)) - getattr(b, name) for a, b in zip(scores, reference, strict=True)]
+        )
+        out[name] = round(float(change.mean()), 4)
+        out[name + "_interval"] = bootstrap(count, lambda rows, change=change: float(change[rows].mean()))
+    made, theirs = _places(scores), _places(reference)
+
+    def share(rows: np.ndarray) -> float:
+        return _diversity(made, rows) / max(_diversity(theirs, rows), 1e-9)
+
+    out["diversity"] = round(share(np.arange(count)), 4)
+    out["diversity_interval"] = bootstrap(count, share)
+    return out
+
+
+def bootstrap(count: int, statistic: Callable[[np.ndarray], float], *, draws: int = 1000, seed: int = 0) -> list[float]:
+    """95% interval of a statistic of row numbers, from rows drawn with replacement (Efron 1979, percentile method)."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(count, size=count)) for _ in range(draws)]
+    return [round(float(x), 4) for x in np.quantile(values, [0.025, 0.975])]
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -97,21 +136,37 @@ def diversity(scores: Iterable[Score]) -> float:
 
     1: as varied as the training clips; 0: every seed gives the same clip. Averaged over the five quantities.
     """
-    drawn = [(s.motion, (*s.centre, s.radius, s.speed, float(s.background))) for s in data.clips(99, 960)]
-    made = [(s.prompt.rsplit(" ", 1)[1], s.place) for s in scores if s.place is not None]
-    ratios = [a / b for a, b in zip(_spread(made), _spread(drawn), strict=True)]
-    return float(np.mean(ratios))
+    made = _places(list(scores))
+    return _diversity(made, np.arange(len(made[0])))
 
 
-def _spread(places: Sequence[tuple[str, Sequence[float]]]) -> list[float]:
+Places = tuple[np.ndarray, np.ndarray]
+
+
+def _places(scores: Sequence[Score]) -> Places:
+    """What each clip shows: its motion's number, -1 where nothing could be read, and the five quantities."""
+    motions = list(data.MOTIONS)
+    asked = [next(motion for motion in motions if motion in re.findall(r"\w+", s.prompt.lower())) for s in scores]
+    which = [-1 if s.place is None else motions.index(motion) for s, motion in zip(scores, asked, strict=True)]
+    return np.asarray(which), np.asarray([s.place or (0.0,) * 5 for s in scores], float)
+
+
+def _diversity(places: Places, rows: np.ndarray) -> float:
+    return float(np.mean(_spread(places[0][rows], places[1][rows]) / _drawn_spread()))
+
+
+@functools.cache
+def _drawn_spread() -> np.ndarray:
+    scenes = data.clips(99, 960)
+    which = np.asarray([list(data.MOTIONS).index(s.motion) for s in scenes])
+    return _spread(which, np.asarray([(*s.centre, s.radius, s.speed, float(s.background)) for s in scenes]))
+
+
+def _spread(which: np.ndarray, quantities: np.ndarray) -> np.ndarray:
     """Standard deviation of each quantity inside a motion, pooled over the motions."""
-    groups: dict[str, list[Sequence[float]]] = {}
-    for motion, place in places:
-        groups.setdefault(motion, []).append(place)
-    variances = [np.var(np.asarray(group), axis=0) for group in groups.values() if len(group) > 1]
-    if not variances:
-        return [0.0] * 5
-    return [float(v) for v in np.sqrt(np.mean(variances, axis=0))]
+    groups = [quantities[which == motion] for motion in range(len(data.MOTIONS))]
+    variances = [group.var(axis=0) for group in groups if len(group) > 1]
+    return np.sqrt(np.mean(variances, axis=0)) if variances else np.zeros(quantities.shape[1])
 
 
 def agreement(made: UInt8[np.ndarray, "T H W 3"], reference: UInt8[np.ndarray, "T H W 3"]) -> float:
