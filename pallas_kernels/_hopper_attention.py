@@ -31,12 +31,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _hopper as hw
-from pallas_kernels._heads import heads_first
-from pallas_kernels._quantize_qkv import quantize_query_key, quantize_value
+from pallas_kernels import _hopper_quantize as quantize
 
 LOG2_E4M3_MAX = 8.807354922057604
 WARPGROUPS = 2
 TILE_Q = WARPGROUPS * hw.ROWS
+TMA_ROWS = 8
+"""Arrays in global memory have a multiple of so many rows. What lies past the end is read as zeros, never written."""
 SMEM_BYTES = 232_448
 """Shared memory that a block may have on sm_90."""
 
@@ -56,20 +57,19 @@ def ring_stages(dim: int, block_k: int, rings: int, itemsize: int) -> int:
     return min(4, (SMEM_BYTES - fixed) // (rings * 2 * block_k * dim * itemsize))
 
 
-def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k):
+def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret):
     """What `hopper_attention` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense)."""
-    b, lq, h, dim = q.shape
-    n, tiles = b * h, -(-lq // TILE_Q)
-    flat_q, flat_k, flat_v = map(heads_first, (q, k, v))
-    q8, q_scale, k8, k_scale = quantize_query_key(flat_q, flat_k, block_q, block_k, smooth_k)
-    v8, v_scale = quantize_value(flat_v)
-    # Transposed, the columns of each 16 in hw.FP8_ORDER: [.., half, pair, two] -> [.., pair, half, two].
-    vt8 = _pad_axis(v8, 1, k8.shape[1]).reshape(n, -1, 2, 4, 2, dim)
-    vt8 = jnp.transpose(vt8, (0, 5, 1, 3, 2, 4)).reshape(n, dim, k8.shape[1])
-    # In halves of a tile, however many rows share a scale; padding up to whole tiles.
+    b, lq, h, _ = q.shape
+    lk, n, tiles = k.shape[1], b * h, -(-lq // TILE_Q)
+    keys = -(-lk // block_k) * block_k
+    mean = quantize.rotated_mean(k, lk) if smooth_k else None
+    v_scale = quantize.value_scales(v)
+    q, k, v = map(whole_rows, (q, k, v))
+    q8, q_scale = quantize.quantize_rows(q, None, lq, tiles * TILE_Q, block_q, interpret=interpret)
+    k8, k_scale = quantize.quantize_rows(k, mean, lk, keys, block_k, interpret=interpret)
+    vt8 = quantize.quantize_values(v, 1.0 / v_scale, keys, interpret=interpret)
+    # In halves of a tile, however many rows share a scale.
     q_scale = jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
-    q_scale = _pad_axis(q_scale, 1, tiles * WARPGROUPS)
-    q8 = _pad_axis(q8, 1, tiles * TILE_Q)
     index = None
     if block_index is not None:
         index = tail_first(block_index.reshape(n, *block_index.shape[2:]).astype(jnp.int32), k_scale.shape[1])
@@ -83,7 +83,8 @@ def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, int
 
     Returns (output [b, lq, h, d] in q's dtype, natural log-sum-exp [b, h, lq] float32).
     """
-    operands = sage_operands(q, k, v, block_index, scale=scale, block_q=block_q, block_k=block_k, smooth_k=smooth_k)
+    sizes = {"block_q": block_q, "block_k": block_k}
+    operands = sage_operands(q, k, v, block_index, scale=scale, smooth_k=smooth_k, interpret=interpret, **sizes)
     return _forward(operands, q, k, block_q, block_k, None, interpret)
 
 
@@ -93,9 +94,7 @@ def sparse_operands(q, k, v, block_index, *, block_q, block_k):
     tiles, blocks = -(-lq // TILE_Q), -(-k.shape[1] // block_k)
     index = tail_first(block_index.reshape(b * h, *block_index.shape[2:]).astype(jnp.int32), blocks)
     index = _pad_axis(index, 1, tiles * TILE_Q // block_q)
-    flat_q = _pad_axis(heads_first(q), 1, tiles * TILE_Q)
-    flat_k, flat_v = (_pad_axis(heads_first(x), 1, blocks * block_k) for x in (k, v))
-    return flat_q, None, flat_k, None, flat_v, None, index
+    return whole_rows(q), None, whole_rows(k), None, whole_rows(v), None, index
 
 
 def sparse_forward(q, k, v, block_index, *, scale, block_q, block_k, interpret):
@@ -110,8 +109,7 @@ def _forward(operands, q, k, block_q, block_k, scale, interpret):
     rings = 1 if shared else WARPGROUPS
     stages = 2 if interpret else ring_stages(dim, block_k, rings, operands[0].dtype.itemsize)
     config = AttentionTiles(block_k=block_k, stages=stages, shared=shared)
-    # TMA wants whole tiles of 8 rows in global memory.
-    shape = (b, -(-lq // 8) * 8, h, dim)
+    shape = (b, -(-lq // TMA_ROWS) * TMA_ROWS, h, dim)
     o, lse = hopper_attention(
         *operands, shape=shape, lk=k.shape[1], dtype=q.dtype, scale=scale, config=config, interpret=interpret
     )
@@ -126,6 +124,11 @@ def tail_first(index: jax.Array, blocks: int) -> jax.Array:
     return swapped.at[..., 0].set(jnp.where(jnp.any(last, axis=-1), blocks - 1, first[..., 0]))
 
 
+def whole_rows(x: jax.Array) -> jax.Array:
+    """[b, l, h, d], padded to the rows that TMA wants; a copy only where l is ragged."""
+    return _pad_axis(x, 1, -(-x.shape[1] // TMA_ROWS) * TMA_ROWS)
+
+
 def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
@@ -135,10 +138,11 @@ def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
 def hopper_attention(
     q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: AttentionTiles, interpret
 ):
-    """Attention of [n, tiles * 128, d] queries, INT8 or in dtype (then all scales are None).
+    """Attention of INT8 queries [n, tiles * 128, d], or of q in dtype as the model has it (then all scales are None).
 
+    k [n, blocks * block_k, d] and v [n, d, blocks * block_k] e4m3, columns in `hw.FP8_ORDER`; or in dtype q
+        [b, lq, h, d], k and v [b, lk, h, d], up to TMA_ROWS.
     q_scale [n, tiles * 2]: of each 64 rows, times the softmax scale and log2(e).
-    k [n, blocks * block_k, d]. v like k in 16 bits, else [n, d, blocks * block_k] e4m3, columns in `hw.FP8_ORDER`.
     scale: the softmax scale times log2(e) in 16 bits, None if q_scale holds it.
     index int32 [n, lists, steps]: blocks in the order of the steps, the ragged last one (if there) first. None:
         all blocks, from the last to the first. lists is tiles if config.shared, else 2 * tiles.
@@ -149,18 +153,22 @@ def hopper_attention(
     """
     quantized = q.dtype == jnp.int8
     offset = LOG2_E4M3_MAX if quantized else 0.0
-    n, rows, dim = q.shape
-    tiles, bk, stages = rows // TILE_Q, config.block_k, config.stages
-    heads = shape[2]
-    blocks = k.shape[1] // bk
+    batches, rows, heads, dim = shape
+    n, tiles = batches * heads, -(-rows // TILE_Q)
+    bk, stages = config.block_k, config.stages
+    blocks = -(-lk // bk)
     steps = blocks if index is None else index.shape[2]
     rings = 1 if config.shared else WARPGROUPS
     tail = lk - (blocks - 1) * bk  # keys of the last block
-    sums = jnp.int32 if quantized else jnp.float32
+    score_dtype = jnp.int32 if quantized else jnp.float32
 
     def body(*refs):
         ref = dict(zip(names, refs, strict=True))
         head, tile, wg = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("wg")
+        batch, h = head // heads, head % heads
+
+        def rows_of(name, rows):
+            return ref[name].at[head, rows] if quantized else ref[name].at[batch, rows, h]
 
         def block(row, i):
             return (blocks - 1) - i if index is None else ref["index"][head, row, i]
@@ -177,13 +185,13 @@ def hopper_attention(
                     plgpu.barrier_wait(ref["k_empty"].at[bar])
 
                 keys = pl.ds(j * bk, bk)
-                plgpu.copy_gmem_to_smem(ref["k"].at[head, keys], ref["k_smem"].at[ring, slot], ref["k_full"].at[bar])
+                plgpu.copy_gmem_to_smem(rows_of("k", keys), ref["k_smem"].at[ring, slot], ref["k_full"].at[bar])
 
                 @pl.when(i >= stages)
                 def _():
                     plgpu.barrier_wait(ref["v_empty"].at[bar])
 
-                values = ref["v"].at[head, :, keys] if quantized else ref["v"].at[head, keys]
+                values = ref["v"].at[head, :, keys] if quantized else rows_of("v", keys)
                 plgpu.copy_gmem_to_smem(values, ref["v_smem"].at[ring, slot], ref["v_full"].at[bar])
                 return block(row, jnp.minimum(i + 1, steps - 1))
 
@@ -201,9 +209,8 @@ def hopper_attention(
             ring = 0 if config.shared else wg
             row = tile if config.shared else tile * WARPGROUPS + wg
             first = tile * TILE_Q + wg * hw.ROWS
-            plgpu.copy_gmem_to_smem(
-                ref["q"].at[head, pl.ds(first, hw.ROWS)], ref["q_smem"].at[wg], ref["q_full"].at[wg]
-            )
+            queries = rows_of("q", pl.ds(first, hw.ROWS))
+            plgpu.copy_gmem_to_smem(queries, ref["q_smem"].at[wg], ref["q_full"].at[wg])
             q_scale = ref["q_scale"][head, tile * WARPGROUPS + wg] if quantized else None
 
             def scale_of(i):
@@ -213,44 +220,73 @@ def hopper_attention(
                 k_scale = ref["k_scale"]
                 return q_scale * (k_scale[head, block(row, i)] if index is None else k_scale[head, row, i])
 
-            def step(i, carry, ragged=False):
-                acc, m, total, factor = carry
-                ahead = scale_of(i + 1)  # the load is in flight during this step
+            def slot_of(i):
                 slot = lax.rem(i, stages)
-                bar = ring * stages + slot
+                return slot, ring * stages + slot
+
+            def scores(i):
+                """Q K(i)^T; issued, it ends the turn. The barrier is needed: see `hw.product`."""
+                slot, bar = slot_of(i)
                 plgpu.barrier_wait(ref["k_full"].at[bar])
-                s = hw.product(
-                    ref["q_smem"].at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)), (hw.ROWS, bk), sums
-                )
+
+                def run(sums):
+                    plgpu.wgmma(sums, ref["q_smem"].at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)))
+                    hw.pass_turn(wg, interpret)
+                    return sums[...]
+
+                s = lax.optimization_barrier(pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((hw.ROWS, bk), score_dtype)))
                 plgpu.barrier_arrive(ref["k_empty"].at[bar])
-                s = s.astype(jnp.float32)
-                if ragged:
-                    valid = jnp.where(block(row, i) == blocks - 1, tail, bk)
-                    column = plgpu.broadcasted_iota(jnp.int32, (bk,), 0, layout=hw.PER_COLUMN)
-                    s = jnp.where(hw.per_column(column, s) < valid, s, -jnp.inf)
+                return s.astype(jnp.float32)
+
+            def weighted(i, p):
+                """P(i) V(i)"""
+                slot, bar = slot_of(i)
+                plgpu.barrier_wait(ref["v_full"].at[bar])
+                values = ref["v_smem"].at[ring, slot]
+                operand = ref["p_smem"].at[wg] if interpret else p
+                pv = hw.product(operand, values.transpose((1, 0)) if quantized else values, (hw.ROWS, dim))
+                plgpu.barrier_arrive(ref["v_empty"].at[bar])
+                return pv
+
+            def softmax(s, factor, m, total):
+                """The operand P of the next product, the factor on what was summed before, new maximum and total."""
                 new_m = jnp.maximum(m, s.max(axis=1) * factor)
                 alpha = jnp.exp2(m - new_m)
                 p = jnp.exp2(s * factor - hw.per_row(new_m - offset, s))
                 total = total * alpha + p.sum(axis=1)
                 stage = ref["p_smem"].at[wg] if interpret else None
                 p = hw.to_fp8(p, stage) if quantized else hw.to_16bit(p, dtype, stage)
-                plgpu.barrier_wait(ref["v_full"].at[bar])
-                values = ref["v_smem"].at[ring, slot]
-                pv = hw.product(p, values.transpose((1, 0)) if quantized else values, (hw.ROWS, dim))
-                plgpu.barrier_arrive(ref["v_empty"].at[bar])
-                return acc * hw.per_row(alpha, acc) + pv, new_m, total, ahead
+                return () if interpret else p, alpha, new_m, total
 
-            carry = (
-                hw.full((hw.ROWS, dim), 0.0, hw.TILE),
-                hw.full((hw.ROWS,), -jnp.inf, hw.PER_ROW),
-                hw.full((hw.ROWS,), 0.0, hw.PER_ROW),
-                scale_of(0),
-            )
+            def first_step():
+                hw.take_turn(wg, interpret)
+                s = scores(jnp.int32(0))
+                if tail < bk:  # the ragged block, where a list has it, is its first
+                    valid = jnp.where(block(row, 0) == blocks - 1, tail, bk)
+                    column = plgpu.broadcasted_iota(jnp.int32, (bk,), 0, layout=hw.PER_COLUMN)
+                    s = jnp.where(hw.per_column(column, s) < valid, s, -jnp.inf)
+                m = hw.full((hw.ROWS,), -jnp.inf, hw.PER_ROW)
+                return softmax(s, scale_of(0), m, hw.full((hw.ROWS,), 0.0, hw.PER_ROW))
+
+            def step(i, carry):
+                acc, m, total, p, alpha, factor = carry
+                ahead = scale_of(i + 1)  # the load is in flight during this step
+                hw.take_turn(wg, interpret)
+                pv = weighted(i - 1, p)
+                acc = lax.optimization_barrier(acc * hw.per_row(alpha, acc) + pv)
+                p, alpha, m, total = softmax(scores(i), factor, m, total)
+                return acc, m, total, p, alpha, ahead
+
+            hw.first_turn(wg, interpret)
             plgpu.barrier_wait(ref["q_full"].at[wg])
-            begin = 0
-            if tail < bk:
-                carry, begin = step(jnp.int32(0), carry, ragged=True), 1
-            acc, m, total, _ = lax.fori_loop(begin, steps, step, carry)
+            p, alpha, m, total = first_step()
+            carry = (hw.full((hw.ROWS, dim), 0.0, hw.TILE), m, total, p, alpha, scale_of(1))
+            acc, m, total, p, alpha, _ = lax.fori_loop(1, steps, step, carry)
+            hw.take_turn(wg, interpret)
+            pv = weighted(jnp.int32(steps - 1), p)
+            hw.pass_turn(wg, interpret)
+            acc = acc * hw.per_row(alpha, acc) + pv
+            hw.last_turn(wg, interpret)
 
             acc = acc * hw.per_row(1.0 / total, acc)
             if quantized:
@@ -259,7 +295,6 @@ def hopper_attention(
             ref["o_smem"].at[wg][...] = acc.astype(dtype)
             ref["lse_smem"].at[wg][...] = m + jnp.log2(total) - offset
             plgpu.commit_smem()
-            batch, h = head // heads, head % heads
             plgpu.copy_smem_to_gmem(ref["o_smem"].at[wg], ref["out"].at[batch, pl.ds(first, hw.ROWS), h])
             plgpu.copy_smem_to_gmem(ref["lse_smem"].at[wg], ref["lse"].at[head, pl.ds(first, hw.ROWS)])
             plgpu.wait_smem_to_gmem(0)
