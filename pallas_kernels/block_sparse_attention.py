@@ -6,15 +6,19 @@ Source: the sparse branch of SLA (arXiv 2509.24006; `SLA/kernel.py` of TurboDiff
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels._attention_kernels import attention_kernels
 from pallas_kernels._attention_xla import block_sparse_xla, default_scale
 from pallas_kernels._derivatives import derivative_of, forward_only
 from pallas_kernels._heads import check_block_index, check_blocks, check_qkv, heads_first, heads_last
 from pallas_kernels._refusals import attention_refusal
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, gpu_arch
 
 
 @functools.partial(
@@ -65,15 +69,24 @@ def block_sparse_attention(
         return heads_last(o, q.shape), lse.reshape(b, h, lq)
 
     def kernel(q, k, v, block_index, interpret):
-        from pallas_kernels._hopper_attention import sage_forward, sparse_forward  # late: see _plgpu
-
+        kernels = attention_kernels()
         sizes = {"scale": scale, "block_q": block_q, "block_k": block_k, "interpret": interpret}
         if quantized:
-            return sage_forward(q, k, v, block_index, smooth_k=True, **sizes)
-        return derivative_of(xla, functools.partial(sparse_forward, **sizes))(q, k, v, block_index)
+            return kernels.sage_forward(q, k, v, block_index, smooth_k=True, **sizes)
+        backward = None if (op := _backward_kernel(q)) is None else functools.partial(op, **sizes)
+        return derivative_of(xla, functools.partial(kernels.sparse_forward, **sizes), backward)(q, k, v, block_index)
 
     unsupported = attention_refusal(q, implementation, scale, block_q, block_k)
     if quantized:
         q, k, v = forward_only(name, q, k, v)
     o, lse = dispatch(name, implementation, (q, k, v, block_index), xla=xla, kernel=kernel, unsupported=unsupported)
     return (o, lse) if return_lse else o
+
+
+def _backward_kernel(q: Array) -> Callable[..., Any] | None:
+    """Hopper's; None where XLA goes backwards: on other GPUs, and in float16, in which dS may vanish."""
+    if gpu_arch() != (9, 0) or q.dtype != jnp.bfloat16:
+        return None
+    from pallas_kernels._hopper_backward import sparse_backward  # late: see _plgpu
+
+    return sparse_backward

@@ -34,7 +34,23 @@ def random_blocks(batch, lq, lk, heads, block_q, block_k, count, seed=0):
 
 def attention(q, k, v, blocks=None, block_q=0, block_k=0):
     """(output, natural log-sum-exp [b, h, lq]), float64; keys limited to each query block's list."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    weights, lse = _softmax(q, k, blocks, block_q, block_k)
+    return np.einsum("bhls,bshd->blhd", weights, np.asarray(v, np.float64)), lse
+
+
+def attention_gradients(q, k, v, do, dlse, blocks, block_q, block_k):
+    """(dq, dk, dv), float64, for the cotangents do of the output and dlse of the natural log-sum-exp."""
+    weights, _ = _softmax(q, k, blocks, block_q, block_k)
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    slope = np.einsum("blhd,bshd->bhls", do, v)
+    slope = weights * (slope - (weights * slope).sum(-1, keepdims=True) + dlse[..., None]) / np.sqrt(q.shape[-1])
+    dq, dk = np.einsum("bhls,bshd->blhd", slope, k), np.einsum("bhls,blhd->bshd", slope, q)
+    return dq, dk, np.einsum("bhls,blhd->bshd", weights, do)
+
+
+def _softmax(q, k, blocks, block_q, block_k):
+    """(weights [b, h, lq, lk], log-sum-exp [b, h, lq])"""
+    q, k = (np.asarray(x, np.float64) for x in (q, k))
     scores = np.einsum("blhd,bshd->bhls", q, k) / np.sqrt(q.shape[-1])
     if blocks is not None:
         allowed = np.zeros((*scores.shape[:2], blocks.shape[2], -(-k.shape[1] // block_k)), bool)
@@ -44,7 +60,7 @@ def attention(q, k, v, blocks=None, block_q=0, block_k=0):
     top = scores.max(-1, keepdims=True)
     weights = np.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    return np.einsum("bhls,bshd->blhd", weights / total, v), (top + np.log(total))[..., 0]
+    return weights / total, (top + np.log(total))[..., 0]
 
 
 def relative(got, want):
