@@ -108,6 +108,42 @@ def test_two_experts_share_the_steps_at_the_boundary_each_with_its_guidance():
     assert_same_picture(pipe.generate(PROMPT).frames, by_hand(pipe, PROMPT, 0))
 
 
+def test_rcm_changes_experts_at_the_boundary():
+    pipe = small_pipeline.pipeline(boundary=0.9)
+    options = {"sampler": "rcm-sde", "steps": 4}  # at 0.988, 0.934 | 0.853, 0.609
+    assert_same_picture(pipe.generate(PROMPT, **options).frames, by_hand(pipe, PROMPT, 0, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "rcm-sde", "quant": "w8a8"}])
+def test_experts_that_wait_in_host_memory_make_the_same_clip(options, tmp_path):
+    pipe = small_pipeline.pipeline(boundary=0.8, guidance=(3.0, 1.5))
+    waiting = Pipeline.load(small_pipeline.save(pipe, tmp_path / "pair"), offload=True)
+    np.testing.assert_array_equal(waiting.generate(PROMPT, **options).frames, pipe.generate(PROMPT, **options).frames)
+    for expert in waiting._experts(options.get("quant", "none")):
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(nnx.state(expert))} == {"pinned_host"}
+
+
+def test_a_pair_of_experts_is_whole_and_alike():
+    pair = small_pipeline.pipeline(boundary=0.8)
+    parts = {name: getattr(pair, name) for name in ("dit", "vae", "text_encoder", "tokenizer")}
+    wider = dataclasses.replace(small_pipeline.DIT, ffn_dim=64)
+    for changes, low, message in (
+        ({"boundary": 0.8}, None, "switches experts at s = 0.8, but has no low-noise one: dit_low"),
+        ({}, pair.dit_low, "has two experts, but no boundary between them"),
+        ({"boundary": 0.8}, small_pipeline.module(wider, "low"), "the experts dit and dit_low differ in shape"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Pipeline(small_pipeline.config(**changes), dit_low=low, **parts)
+
+
+def test_a_clip_can_take_the_shape_of_its_picture():
+    pipe = small_pipeline.pipeline(dataclasses.replace(small_pipeline.DIT, in_channels=12))
+    clip = pipe.generate(PROMPT, image=np.zeros((30, 90, 3), np.uint8), size="adaptive", frames=1)
+    assert clip.frames.shape == (1, 16, 64, 3)  # 32 x 48 pixels in the shape 3:1 are 67.9 x 22.6
+    with pytest.raises(UserError, match="adaptive takes the shape of a picture, and there is none"):
+        small_pipeline.pipeline().generate_each(PROMPT, size="adaptive")
+
+
 def test_image_to_video_puts_mask_and_picture_behind_the_noise(tmp_path):
     pipe = small_pipeline.pipeline(dataclasses.replace(small_pipeline.DIT, in_channels=12))
     image = np.random.default_rng(0).integers(0, 256, (48, 32, 3), np.uint8)

@@ -61,6 +61,7 @@ def test_numpy_integers_are_integers():
         ({"size": (100, 64)}, "multiples of 16: got 100x64, nearest 96x64"),
         ({"size": (0, 64)}, "multiples of 16: got 0x64, nearest 16x64"),
         ({"size": (64, 64, 64)}, "width x height"),
+        ({"size": "large"}, r"size must be \(width, height\) or 'adaptive', got 'large'"),
         ({"frames": 16}, r"frames must be 4n \+ 1 \(1, 5, \.\.\.\): got 16, nearest 17"),
         ({"frames": 0}, "got 0, nearest 1"),
         ({"attention": "flash"}, "unknown attention 'flash'; known: dense, sage, sla, sagesla"),

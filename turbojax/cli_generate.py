@@ -37,10 +37,11 @@ def add_arguments(subparsers: Any) -> None:
     add("--guidance", type=_numbers, metavar="G", help="1 = none; LOW,HIGH for the experts of Wan 2.2")
     add("--negative-prompt", metavar="TEXT", help="what guidance steers away from")
     add("--image", type=Path, metavar="FILE", help="first frame, for image-to-video models")
-    add("--size", type=_size, metavar="WxH", help="pixels, multiples of 16")
+    add("--size", type=_size, metavar="WxH", help="pixels, multiples of 16; adaptive: the shape of --image")
     add("--frames", type=int, metavar="N", help="4n + 1")
     add("--shift", type=float, metavar="F", help="noise schedule of unipc and euler: above 1 dwells on high noise")
     add("--sigma-max", type=float, metavar="F", help="where rcm-* starts, in EDM's sigma")
+    add("--offload", action="store_true", help="keep the DiTs in host memory, each on the device only for its steps")
     add("--batch-size", type=int, default=1, metavar="N", help="clips made at once (default: 1)")
     add("--no-progress", action="store_true", help="no progress bar")
 
@@ -48,7 +49,7 @@ def add_arguments(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then load, generate and write one clip after the other."""
     started = time.perf_counter()
-    from turbojax.image import read_image
+    from turbojax.image import open_image
     from turbojax.pipeline_config import find_pipeline
     from turbojax.settings import check_image, check_prompts, check_seeds, resolve
     from turbojax.video import check_output
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in (*names, "size", "frames", "batch_size")}
     folder = find_pipeline(args.model)
     check_image(folder.spec, args.image is not None)
-    settings = resolve(folder.spec, **options)
-    image = None if args.image is None else read_image(args.image, settings.size)
+    image = None if args.image is None else open_image(args.image)
+    resolve(folder.spec, **options, picture=None if image is None else (image.shape[1], image.shape[0]))
 
     import jax
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     use_compilation_cache()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    pipeline = Pipeline.load(folder)
+    pipeline = Pipeline.load(folder, offload=args.offload)
     clips = pipeline.generate_each(prompts, seed=seeds, image=image, progress=not args.no_progress, **options)
     for path, clip in zip(outputs, clips, strict=True):
         begun = time.perf_counter()
@@ -91,10 +92,12 @@ def _numbered(out: Path, count: int) -> Sequence[Path]:
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index:03d}") for index in range(count)]
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(text: str) -> tuple[int, int] | str:
+    if text == "adaptive":
+        return text
     width, cross, height = text.lower().partition("x")
     if not (cross and width.isdigit() and height.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 832x480, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 832x480, or adaptive; got {text!r}")
     return int(width), int(height)
 
 

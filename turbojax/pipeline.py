@@ -26,7 +26,7 @@ from jaxtyping import Float, UInt8
 from turbojax.attention import AttentionConfig
 from turbojax.checkpoint import load_component
 from turbojax.errors import UserError
-from turbojax.image import read_image
+from turbojax.image import Picture, open_image, resize_image
 from turbojax.pipeline_config import PipelineConfig, PipelineFolder, PipelineSpec, find_pipeline
 from turbojax.programs import Program, Programs, decode, denoise, encode_image, encode_text
 from turbojax.progress import StepBar
@@ -35,7 +35,7 @@ from turbojax.settings import Settings, check_image, check_prompts, check_seeds,
 from turbojax.tokenizer import Tokenizer
 from turbojax.video import Video
 
-Picture = UInt8[np.ndarray, "H W 3"]
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
 class Pipeline:
@@ -55,29 +55,40 @@ class Pipeline:
         tokenizer: Tokenizer,
         dit_low: Any = None,
         name: str = "unnamed",
+        offload: bool = False,
     ):
-        """Put a pipeline together from modules. Raises UserError if they do not fit together."""
+        """Put a pipeline together from modules; offload: see `load`. Raises UserError if they do not fit together."""
+        _check_experts(name, config, dit, dit_low)
         self.spec = PipelineSpec(name, config, dit.config, vae.config, text_encoder.config)
         self.dit, self.dit_low, self.vae = dit, dit_low, vae
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.load_seconds = 0.0
         self._programs = Programs()
         self._bar = StepBar()
+        self.offload = offload
         self._int8: tuple[list[Any], list[Any]] = [], []
 
     @classmethod
-    def load(cls, model: str | Path | PipelineFolder = "tiny", *, dtype: DTypeLike | None = None) -> Pipeline:
+    def load(
+        cls, model: str | Path | PipelineFolder = "tiny", *, dtype: DTypeLike | None = None, offload: bool = False
+    ) -> Pipeline:
         """Read a shipped model by name, or a folder that `turbojax convert` made.
 
         dtype: compute dtype of every part; None: as each was saved.
+        offload: keep the DiTs in host memory, each on the device only while its steps run: of two experts a small
+            device holds one at a time, and pays one transfer of each a clip.
         Raises UserError for an unknown model, or a folder that lacks a part.
         """
         begun = time.perf_counter()
         folder = model if isinstance(model, PipelineFolder) else find_pipeline(model)
         spec, paths = folder.spec, folder.paths
         tokenizer = Tokenizer.load(paths["tokenizer"], spec.config.text_len)
-        parts = {part: load_component(path, dtype) for part, path in paths.items() if part != "tokenizer"}
-        pipeline = cls(spec.config, tokenizer=tokenizer, name=spec.name, **parts)
+        parts = {}
+        for part, path in paths.items():
+            if part != "tokenizer":
+                module = load_component(path, dtype)
+                parts[part] = moved(module, HOST) if offload and part in ("dit", "dit_low") else module
+        pipeline = cls(spec.config, tokenizer=tokenizer, name=spec.name, offload=offload, **parts)
         pipeline.load_seconds = time.perf_counter() - begun
         return pipeline
 
@@ -110,7 +121,7 @@ class Pipeline:
         topk: float | None = None,
         quant: str | None = None,
         image: Any = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, int] | str | None = None,
         frames: int | None = None,
         fps: int | None = None,
         batch_size: int = 1,
@@ -122,7 +133,8 @@ class Pipeline:
         sampler: "rcm-sde" or "rcm-ode" (1-4 steps), "unipc" or "euler" (1-1000). guidance: 1 = none; two numbers
             are for the low-noise and the high-noise expert. shift: of unipc and euler; sigma_max: of rcm.
         attention: "dense", "sage", "sla", "sagesla" (topk: share of key blocks kept) or an AttentionConfig.
-        quant: "w8a8" or "none". size: (width, height), multiples of 16. frames: 4n + 1.
+        quant: "w8a8" or "none". frames: 4n + 1.
+        size: (width, height), multiples of 16; "adaptive": the image's shape, with as many pixels as the default.
         image: first frame for the models that take one: a file, a PIL image or uint8 [h, w, 3]; stretched to size.
         batch_size: clips made at once. A clip made alone depends on nothing but its prompt, seed and settings: the
             same bits every time on one machine. Another batch size may round differently.
@@ -130,13 +142,14 @@ class Pipeline:
         Raises UserError before anything is compiled for a request that cannot be met.
         """
         prompts, seeds = check_prompts(prompt), check_seeds(seed)
+        check_image(self.spec, image is not None)
+        original = None if image is None else open_image(image)
         settings = resolve(
             self.spec, steps=steps, sampler=sampler, guidance=guidance, negative_prompt=negative_prompt, shift=shift,
             sigma_max=sigma_max, attention=attention, topk=topk, quant=quant, size=size, frames=frames, fps=fps,
-            batch_size=batch_size,
+            batch_size=batch_size, picture=None if original is None else (original.shape[1], original.shape[0]),
         )  # fmt: skip
-        check_image(self.spec, image is not None)
-        picture = None if image is None else read_image(image, settings.size)
+        picture = None if original is None else resize_image(original, settings.size)
         for text in prompts:
             if unknown := self.tokenizer.unknown(text):
                 warnings.warn(f"{self.spec.name} never learned the words {', '.join(unknown)}", stacklevel=2)
@@ -212,6 +225,7 @@ class Pipeline:
             graphdefs=tuple(graphdef for graphdef, _ in experts),
             settings=settings,
             tick=self._bar.tick,
+            offload=self.offload,
         )
         programs["vae"] = self._programs.get(decode, vae[1], programs["dit"].out_info, graphdef=vae[0])
         for program in programs.values():
@@ -228,7 +242,10 @@ class Pipeline:
         leaves = jax.tree.leaves([nnx.state(module) for module in modules])
         known, quantized = self._int8
         if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves, strict=True)):
-            quantized = [quantize_dit(module) for module in modules]
+            if self.offload:  # one expert after the other on the device
+                quantized = [moved(quantize_dit(moved(module, DEVICE)), HOST) for module in modules]
+            else:
+                quantized = [quantize_dit(module) for module in modules]
             self._int8 = leaves, quantized
         return quantized
 
@@ -261,6 +278,21 @@ def draw_noise(
     draws = [np.random.Generator(np.random.Philox(seed)).standard_normal((count, *shape), np.float32) for seed in seeds]
     stacked = np.stack(draws, axis=1)
     return stacked[0], stacked[1:] if count > 1 else None
+
+
+def moved(module: Any, memory: jax.memory.Space) -> Any:
+    """A copy of a module with its parameters in that memory."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.device_put(state, memory))
+
+
+def _check_experts(name: str, config: PipelineConfig, dit: Any, dit_low: Any) -> None:
+    if config.boundary is not None and dit_low is None:
+        raise UserError(f"model {name} switches experts at s = {config.boundary:g}, but has no low-noise one: dit_low")
+    if config.boundary is None and dit_low is not None:
+        raise UserError(f"model {name} has two experts, but no boundary between them in its config")
+    if dit_low is not None and dit_low.config != dit.config:
+        raise UserError(f"model {name}: the experts dit and dit_low differ in shape")
 
 
 class _Clock:

@@ -41,19 +41,22 @@ def denoise(
     graphdefs: tuple[Any, ...],
     settings: Settings,
     tick: Callable[[object], None] | None,
+    offload: bool = False,
 ) -> Float[Array, "B t h w C"]:
     """The sampler's whole loop: noise to clean latents.
 
     states, graphdefs: of the one expert, or of the high-noise and the low-noise one.
+    offload: the states lie in host memory, and each comes to the device when its turn is there, not before.
     negative: context that guidance steers away from; None without guidance.
     condition: mask and picture channels of image to video. tick: called on the host after every step; None: nothing is.
     """
-    experts = [nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True)]
     low, high = settings.guidance
-    velocities = [
-        _velocity(expert, guidance, context, negative, condition, settings)
-        for expert, guidance in zip(experts, (high, low), strict=False)
-    ]
+
+    def enter(expert: int, x: Array) -> Callable[[Array, Any], Array]:
+        """The velocity of an expert whose first step starts from x."""
+        state = _fetch(states[expert], x) if offload else states[expert]
+        dit = nnx.merge(graphdefs[expert], state)
+        return _velocity(dit, (high, low)[expert], context, negative, condition, settings)
 
     def on_step(_: Any, x: Array) -> None:
         if tick is not None:
@@ -61,16 +64,28 @@ def denoise(
 
     boundary, steps = settings.boundary, settings.steps
     if settings.sampler in ("rcm-sde", "rcm-ode"):
+        entered: dict[int, Callable[[Array, Any], Array]] = {}
 
         def velocity(x: Array, s: float) -> Array:
-            return velocities[0 if boundary is None or s >= boundary else 1](x, s)
+            expert = 0 if boundary is None or s >= boundary else 1
+            if expert not in entered:
+                entered[expert] = enter(expert, x)
+            return entered[expert](x, s)
 
         mode = settings.sampler.removeprefix("rcm-")
         grid = {"num_steps": steps, "sigma_max": settings.sigma_max}
         return rcm.sample(velocity, noise, step_noise, **grid, mode=mode, on_step=on_step)
     solver = {"unipc": flow.unipc_solver, "euler": flow.euler_solver}[settings.sampler](steps, settings.shift)
-    low_velocity = None if boundary is None else velocities[1]
-    return flow.integrate(solver, velocities[0], noise, low_velocity=low_velocity, boundary=boundary, on_step=on_step)
+    experts: dict[str, Any] = {"low_velocity": None if boundary is None else partial(enter, 1), "boundary": boundary}
+    return flow.integrate(
+        solver, partial(enter, 0), noise, **experts, on_step=on_step, on_expert=lambda enter, x: enter(x)
+    )
+
+
+def _fetch(state: Any, x: Array) -> Any:
+    """Weights from host to device memory, not before x is known: by then the other expert's have gone."""
+    state, _ = jax.lax.optimization_barrier((state, x))
+    return jax.device_put(state, jax.memory.Space.Device)
 
 
 def _velocity(
@@ -149,9 +164,14 @@ class Programs:
     def get(self, function: Callable[..., Any], *arguments: Any, **static: Hashable) -> Program:
         """`function` for these arguments (arrays, or their shapes); call it with the arrays alone."""
         leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        shapes = tuple((leaf.shape, leaf.dtype, _memory(leaf)) for leaf in leaves)
         key = (function, tuple(sorted(static.items(), key=lambda item: item[0])), structure, shapes)
         if key not in self._programs:
             lowered = jax.jit(partial(function, **static)).lower(*arguments)
             self._programs[key] = Program(lowered.out_info, self._pool.submit(lowered.compile))
         return self._programs[key]
+
+
+def _memory(leaf: Any) -> str | None:
+    """Where an argument lies, if it says so: a program takes it from there alone."""
+    return getattr(getattr(leaf, "sharding", None), "memory_kind", None)

@@ -12,6 +12,7 @@ from typing import Any
 from turbojax.attention import AttentionConfig
 from turbojax.config import PRESETS
 from turbojax.errors import UserError
+from turbojax.image import adaptive_size
 from turbojax.pipeline_config import SAMPLERS, PipelineSpec
 from turbojax.samplers import rcm
 
@@ -64,12 +65,16 @@ def resolve(
     attention: str | AttentionConfig | None = None,
     topk: float | None = None,
     quant: str | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | str | None = None,
     frames: int | None = None,
     fps: int | None = None,
     batch_size: int = 1,
+    picture: tuple[int, int] | None = None,
 ) -> Settings:
-    """Fill in the pipeline's defaults. Raises UserError for a value that the model or the sampler cannot take."""
+    """Fill in the pipeline's defaults. Raises UserError for a value that the model or the sampler cannot take.
+
+    picture: (width, height) of the first frame's source, whose shape size "adaptive" keeps.
+    """
     defaults = spec.config
     sampler = sampler or defaults.sampler
     if sampler not in SAMPLERS:
@@ -92,7 +97,7 @@ def resolve(
         round_timestep=defaults.round_timestep,
         attention=_attention(spec, attention, topk),
         quant=_quant(quant or defaults.quant),
-        size=_size(defaults.size if size is None else size, spec.size_unit),
+        size=_adaptive(spec, picture) if size == "adaptive" else _size(size or defaults.size, spec.size_unit),
         frames=_frames(defaults.frames if frames is None else frames, spec.vae.temporal_stride),
         fps=_whole("fps", defaults.fps if fps is None else fps, least=1),
         batch_size=_whole("batch_size", batch_size, least=1),
@@ -184,7 +189,17 @@ def _quant(quant: str) -> str:
     return quant
 
 
-def _size(size: Sequence[int], unit: int) -> tuple[int, int]:
+def _adaptive(spec: PipelineSpec, picture: tuple[int, int] | None) -> tuple[int, int]:
+    """The picture's shape, with about as many pixels as the model's own size."""
+    if picture is None:
+        raise UserError("size adaptive takes the shape of a picture, and there is none: give an image, or a size")
+    width, height = spec.config.size
+    return adaptive_size(picture, width * height, spec.size_unit)
+
+
+def _size(size: Any, unit: int) -> tuple[int, int]:
+    if isinstance(size, str):
+        raise UserError(f"size must be (width, height) or 'adaptive', got {size!r}")
     size = tuple(_whole("size", n) for n in size)
     if len(size) != 2 or not all(n > 0 and n % unit == 0 for n in size):
         nearest = "x".join(str(max(unit, round(n / unit) * unit)) for n in size)

@@ -48,8 +48,8 @@ def wan_model(checkout: Path, **config) -> torch.nn.Module:
     return load_file(checkout / "wan/modules/model.py", f"{package}.model").WanModel(**config).eval()
 
 
-def turbo_model(checkout: Path, **config) -> torch.nn.Module:
-    """WanModel of TurboDiffusion (rcm/networks/wan2pt1.py)."""
+def turbo_model(checkout: Path, *, network: str = "wan2pt1", **config) -> torch.nn.Module:
+    """WanModel of TurboDiffusion (rcm/networks/wan2pt1.py, or wan2pt2.py for image to video)."""
     root = str(checkout / "turbodiffusion")
     if root not in sys.path:
         sys.path.insert(0, root)
@@ -74,7 +74,7 @@ def turbo_model(checkout: Path, **config) -> torch.nn.Module:
         vars(sys.modules[name]).update(content)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.cuda.Stream = nothing
-    model = importlib.import_module("rcm.networks.wan2pt1").WanModel(**config).eval()
+    model = importlib.import_module(f"rcm.networks.{network}").WanModel(**config).eval()
     for module in model.modules():
         if hasattr(module, "local_attn"):
             module.local_attn = sdpa
@@ -84,9 +84,9 @@ def turbo_model(checkout: Path, **config) -> torch.nn.Module:
 class Recorder:
     """A network in TurboDiffusion's inference script: calls `net` and keeps the states that it was given."""
 
-    def __init__(self, net) -> None:
+    def __init__(self, net, seen: list[np.ndarray] | None = None) -> None:
         self.net = net
-        self.seen: list[np.ndarray] = []
+        self.seen: list[np.ndarray] = [] if seen is None else seen
 
     def cuda(self) -> None: ...
     def cpu(self) -> None: ...
@@ -96,27 +96,36 @@ class Recorder:
         return self.net(x_B_C_T_H_W, timesteps_B_T, **condition)
 
 
+I2V_SCRIPT = "wan2.2_i2v_infer.py"
+
+
+def statements(script: Path, first: str, last: str):
+    """The code of a script's main part, from the first assignment to `first` to the last one to `last`."""
+    body = ast.parse(script.read_text()).body[-1].body
+    targets = [getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else "" for node in body]
+    end = len(targets) - targets[::-1].index(last)
+    return compile(ast.Module(body[targets.index(first) : end], type_ignores=[]), script.name, "exec")
+
+
 def turbo_rcm(
-    checkout: Path, net, noise: torch.Tensor, condition: dict, *, steps: int, sigma_max: float, mode: str
+    checkout: Path, net, noise: torch.Tensor, condition: dict, *, steps: int, sigma_max: float, mode: str, low=None
 ) -> tuple[np.ndarray, np.ndarray]:
     """TurboDiffusion's rCM loop: (states [steps + 1, ...] from the scaled noise to the sample, noise of each step).
 
-    The loop lies in the body of its scripts (only the I2V one knows "ode"); it is run from there, statement by
-    statement, with `net` in float32.
+    The loop lies in the body of its scripts (only the I2V one knows "ode", and a low-noise expert `low`); it is run
+    from there, statement by statement, with the networks in float32.
     """
-    script = {"sde": "wan2.1_t2v_infer.py", "ode": "wan2.2_i2v_infer.py"}[mode]
-    body = ast.parse((checkout / "turbodiffusion/inference" / script).read_text()).body[-1].body
-    targets = [getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else "" for node in body]
-    loop = ast.Module(body[targets.index("mid_t") : targets.index("samples") + 1], type_ignores=[])
+    script = I2V_SCRIPT if mode == "ode" or low is not None else "wan2.1_t2v_infer.py"
+    loop = statements(checkout / "turbodiffusion/inference" / script, "mid_t", "samples")
     generator = torch.Generator().manual_seed(7)
     step_noise = torch.stack([torch.randn(noise.shape, generator=generator) for _ in range(steps)]).numpy()
     recorder = Recorder(net)
     scope = {
         "args": SimpleNamespace(num_steps=steps, sigma_max=sigma_max, ode=mode == "ode", boundary=0.9),
         "init_noise": noise, "condition": condition, "generator": generator.manual_seed(7),
-        "net": recorder, "high_noise_model": recorder, "low_noise_model": recorder,
+        "net": recorder, "high_noise_model": recorder, "low_noise_model": Recorder(low or net, recorder.seen),
         "tensor_kwargs": {"device": "cpu", "dtype": torch.float32},
         "torch": torch, "math": math, "tqdm": lambda it, **_: it, "log": SimpleNamespace(info=lambda _: None),
     }  # fmt: skip
-    exec(compile(loop, script, "exec"), scope)
+    exec(loop, scope)
     return np.stack([*recorder.seen, scope["samples"].numpy()]), step_noise

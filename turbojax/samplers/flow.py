@@ -127,6 +127,7 @@ def integrate(
     low_velocity: Velocity | None = None,
     boundary: float | None = None,
     on_step: Callable[[Array, Array], None] | None = None,
+    on_expert: Callable[[Velocity, Array], Velocity] | None = None,
 ) -> Float[Array, "B *dims"]:
     """Noise to latents, float32, as one `lax.scan` (two with experts).
 
@@ -134,6 +135,8 @@ def integrate(
     low_velocity: the low-noise expert, for every step with s < boundary (Wan 2.2; the solver's memory passes
         from one expert to the other). Both or neither must be given.
     on_step: called while tracing with (index, x) after each step: the place for a `jax.debug.callback`.
+    on_expert: called while tracing with (velocity, x) before an expert's first step, gives the velocity to use: the
+        place to fetch weights.
     """
     if (low_velocity is None) != (boundary is None):
         raise UserError("low_velocity and boundary belong together: give both, or neither")
@@ -144,6 +147,8 @@ def integrate(
     for expert, part in ((velocity, slice(0, switch)), (low_velocity, slice(switch, steps))):
         if expert is None or part.start == part.stop:
             continue
+        if on_expert is not None:
+            expert = on_expert(expert, state.x)
 
         def step(state: State, row: tuple, expert: Velocity = expert) -> tuple[State, None]:
             index, s, coefficients = row
