@@ -9,12 +9,13 @@ from pallas_kernels.dispatch import gpu_arch
 
 HEAD_DIMS = (64, 128)
 BLOCKS = ((128, 64), (64, 64), (64, 128))
+OLDEST_ARCH = (8, 0)
 MAX_HEADS = 65_535
 """batch * heads is the z extent of the grid, which CUDA caps."""
 
 
 def attention_refusal(q: Array, implementation: str | None, scale: float, block_q: int, block_k: int) -> str | None:
-    """The first reason why no kernel covers this call, or None. The interpreter runs the Hopper kernels."""
+    """The first reason why no kernel covers this call, or None. The interpreter needs no GPU."""
     b, _, h, dim = q.shape
     if dim not in HEAD_DIMS:
         return f"head_dim is {dim}; the kernels have {HEAD_DIMS[0]} and {HEAD_DIMS[1]}"
@@ -27,7 +28,7 @@ def attention_refusal(q: Array, implementation: str | None, scale: float, block_
         return f"scale is {scale}; the kernels need it positive"
     if b * h > MAX_HEADS:
         return f"batch * heads is {b * h}; a grid holds {MAX_HEADS}"
-    if implementation != "interpret" and gpu_arch() != (9, 0):
+    if implementation != "interpret" and gpu_arch() < OLDEST_ARCH:
         major, minor = gpu_arch()
-        return f"the GPU is sm_{major}{minor}; the kernel is for sm_90"
+        return f"the GPU is sm_{major}{minor}; the kernels need sm_80"
     return None

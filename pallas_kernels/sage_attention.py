@@ -11,6 +11,7 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels._attention_kernels import attention_kernels
 from pallas_kernels._attention_xla import default_scale, sage_xla
 from pallas_kernels._derivatives import forward_only
 from pallas_kernels._heads import check_qkv, heads_first, heads_last
@@ -56,9 +57,7 @@ def sage_attention(
         return heads_last(o, q.shape)
 
     def kernel(q, k, v, interpret):
-        from pallas_kernels._hopper_attention import sage_forward  # late: see _plgpu
-
-        return sage_forward(
+        return attention_kernels().sage_forward(
             q, k, v, None, scale=scale, block_q=BLOCK_Q, block_k=BLOCK_K, smooth_k=smooth_k, interpret=interpret
         )[0]
 

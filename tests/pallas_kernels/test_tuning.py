@@ -1,12 +1,19 @@
 """The tuning table: every call finds tiles that the kernels accept, and an unknown one is an error."""
 
+import functools
+
 import pytest
 
+from pallas_kernels._portable_attention import PortableAttention
 from pallas_kernels.int8_gemm_hopper import HopperTiles
 from pallas_kernels.int8_gemm_portable import PortableTiles
 from pallas_kernels.tuning import table, tiles
 
-TILES = {"int8_gemm_hopper": HopperTiles, "int8_gemm_portable": PortableTiles}
+TILES = {
+    "int8_gemm_hopper": HopperTiles,
+    "int8_gemm_portable": PortableTiles,
+    "attention_portable": functools.partial(PortableAttention, (128, 64), cp_async=False),
+}
 
 
 @pytest.mark.parametrize("kernel", TILES)

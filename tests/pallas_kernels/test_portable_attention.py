@@ -1,0 +1,133 @@
+"""The attention of GPUs other than Hopper: exact up to its number formats, and the same kernel in the interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_reference import attention, cosine, inputs, random_blocks, relative
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu.mma import MMALayouts
+
+from pallas_kernels import _portable_attention as portable
+from pallas_kernels import block_sparse_attention, sage_attention
+from pallas_kernels._heads import heads_first
+from pallas_kernels._hopper import FP8_ORDER
+from pallas_kernels._quantize_qkv import quantize_query_key
+from pallas_kernels.dispatch import compiling_for
+
+SLOW = pytest.mark.slow
+
+
+def attend(kind, q, k, v, index, blocks):
+    """kind: "e4m3" as from sm_89, "16-bit values" as on sm_80, or "bf16", unquantised."""
+    sizes = {"scale": q.shape[-1] ** -0.5, "block_q": blocks[0], "block_k": blocks[1], "interpret": True}
+    if kind == "bf16":
+        return portable.sparse_forward(q, k, v, index, **sizes)
+    return portable.sage_forward(q, k, v, index, smooth_k=True, fp8=kind == "e4m3", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "lq", "lk", "dim", "blocks", "count"),
+    [
+        ("e4m3", 1, 70, 200, 64, (64, 128), 1),
+        ("bf16", 1, 70, 100, 64, (64, 64), 2),
+        pytest.param("16-bit values", 1, 70, 100, 64, (64, 64), 2, marks=SLOW),
+        pytest.param("e4m3", 2, 130, 200, 128, (128, 64), 2, marks=SLOW),
+        pytest.param("e4m3", 1, 130, 333, 128, (64, 128), 2, marks=SLOW),
+        pytest.param("bf16", 2, 130, 333, 128, (128, 64), 3, marks=SLOW),
+        pytest.param("bf16", 1, 130, 200, 64, (64, 128), 2, marks=SLOW),
+        pytest.param("e4m3", 1, 77, 260, 128, (64, 128), None, marks=SLOW),
+        pytest.param("16-bit values", 2, 1, 130, 64, (64, 128), None, marks=SLOW),
+    ],
+)
+def test_agrees_in_the_interpreter(kind, batch, lq, lk, dim, blocks, count):
+    """Ragged ends, batches, lists for 128 rows, blocks of two steps, dense (count None): no races."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs("outliers", batch, lq, lk, 2 if dim == 64 else 1, dim))
+    index = None if count is None else jnp.asarray(random_blocks(batch, lq, lk, q.shape[2], *blocks, count))
+    got, lse = jax.block_until_ready(attend(kind, q, k, v, index, blocks))
+    assert not interpret_pallas_call.get_races().races_found
+    want, _ = attention(q, k, v, index, *blocks)
+    quantized = kind != "bf16"
+    # Rounding to INT8, e4m3 and bfloat16: see test_sage_attention and test_block_sparse_attention.
+    assert relative(got, want) <= (5e-2 if quantized else 1e-2)
+    assert cosine(got, want) >= 0.9985
+    if index is not None:
+        sizes = {"block_q": blocks[0], "block_k": blocks[1], "quantized": quantized}
+        _, same_lse = block_sparse_attention(q, k, v, index, return_lse=True, implementation="xla", **sizes)
+        np.testing.assert_allclose(lse, same_lse, atol=1e-4 if quantized else 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "dim", "block"), [(600, 64, 128), (130, 128, 64), (50, 64, 64)])
+def test_rows_are_quantised_as_in_xla(length, dim, block):
+    """Whole blocks in the kernel, the ragged last one outside; equal but for ties that a last bit decides."""
+    _, x, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs("large mean", 2, 1, length, 2, dim))
+    mean = portable.quantize.rotated_mean(x)
+    got, scale = jax.block_until_ready(portable.quantize.quantize_rows(x, mean, block, cp_async=False, interpret=True))
+    assert not interpret_pallas_call.get_races().races_found
+    _, _, want, want_scale = quantize_query_key(heads_first(x), heads_first(x), block, block)
+    np.testing.assert_allclose(scale, want_scale, rtol=1e-5)
+    steps = np.abs(np.asarray(got, np.int32) - np.asarray(want))
+    assert steps.max() <= 1
+    assert (steps > 0).mean() <= 1e-3
+
+
+def held_by_each_thread(layout, shape):
+    """[128 threads, registers * values of one], in order: positions row * columns + column."""
+    x = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead = x.ndim - len(tile)
+        outer = [size // part for size, part in zip(x.shape[lead:], tile, strict=True)]
+        x = x.reshape(*x.shape[:lead], *np.ravel(np.column_stack([outer, tile])))
+        axes = np.arange(lead, x.ndim)
+        x = x.transpose(*range(lead), *axes[::2], *axes[1::2])
+    threads = [axis for axis in (*layout.warp_dims, *layout.lane_dims) if isinstance(axis, int)]
+    return np.moveaxis(x, threads, range(len(threads))).reshape(128, -1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_registers_of_a_product_are_those_of_the_next_operand(dtype):
+    """The hardware's half of `left_operand`, which the interpreter cannot run, read from the layouts' own tables: every
+    thread holds already, and in this order, what mma.sync wants of it."""
+    shape = (64, 64)
+    layouts = MMALayouts(dtype)
+    have = held_by_each_thread(layouts.acc, shape)
+    row, column = np.divmod(held_by_each_thread(layouts.lhs, shape), shape[1])
+    if dtype == jnp.float8_e4m3fn:
+        column = column // 16 * 16 + np.array(FP8_ORDER)[column % 16]
+        # `_repack` joins the pairs of columns c and c + 8 of a row: [.., half, row, two] -> [.., row, half, two].
+        have = have.reshape(128, -1, 2, 2, 2).swapaxes(2, 3).reshape(128, -1)
+    np.testing.assert_array_equal(row * shape[1] + column, have)
+    assert layouts.acc == fa.WGMMA_LAYOUT, "_repack is written for this layout"
+
+
+@pytest.mark.parametrize(("arch", "reason"), [((8, 0), None), ((8, 9), None), ((12, 0), None), ((7, 5), "sm_75")])
+@pytest.mark.parametrize("op", ["sage", "sparse"])
+def test_the_gpu_decides(monkeypatch, arch, reason, op):
+    """From sm_80 on, other GPUs than Hopper get this kernel; older ones are told why they get none."""
+    q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+    called = []
+
+    def forward(q, *_, **__):
+        called.append(op)
+        return q, jnp.zeros(q.shape[:1] + q.shape[2:0:-1][:2])
+
+    for name in ("sage_forward", "sparse_forward"):
+        monkeypatch.setattr(portable, name, forward)
+    if op == "sage":
+        run = functools.partial(sage_attention.__wrapped__, q, q, q, implementation="mosaic_gpu")
+    else:
+        index = jnp.zeros((1, 1, 1, 1), jnp.int32)
+        run = functools.partial(
+            block_sparse_attention.__wrapped__, q, q, q, index, block_q=64, block_k=64, implementation="mosaic_gpu"
+        )
+    with compiling_for(arch):
+        if reason is None:
+            run()
+            assert called == [op]
+        else:
+            with pytest.raises(NotImplementedError, match=reason):
+                run()
