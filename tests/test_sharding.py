@@ -42,15 +42,18 @@ def test_batches_are_shared_by_all_devices_or_refused():
         make_mesh(2, 2, devices[:3])
 
 
+@pytest.mark.slow
 def test_sharded_run_equals_an_unsharded_one(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(Path(__file__).parent / "sharded_steps.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    # The partitioner says so when it copies activations to every device for want of something better.
+    assert "rematerialization" not in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 4
-    # Sums over the batch are taken in another order; Adam turns rounding of near-zero gradients into steps.
-    assert found["difference"] < 1e-2
-    assert found["resumed"] == 0.0
+    # Sums over the batch are taken in another order (measured: 2e-5 of the way that the parameters went).
+    assert found["difference"] < 1e-3
+    assert found["restored"] == 4
     _, rows, columns = found["whole"]
     assert found["held"] == [[1, rows, columns // 2]] * 2

@@ -3,8 +3,10 @@
     data    each group of devices sees its own part of the batch (data parallel)
     fsdp    sees its own part of the batch too, and holds its own part of every large array
 
-XLA's partitioner does the rest: it gathers a block's parameters where the block is computed and scatters its gradients,
-one layer of the scan at a time, as FSDP does by hand.
+XLA's partitioner moves the data. Left alone it would rather copy activations to every device than gather weights, so
+models say what FSDP does by hand: a block's parameters are `gathered` where the block is computed (their gradients are
+summed and scattered again), one layer of the scan at a time, and activations `keep_batch`. Both heed the mesh in use
+(`jax.set_mesh`) and do nothing without one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from turbojax.errors import UserError
 
@@ -74,6 +76,32 @@ def batch_spec(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec((DATA, FSDP))
 
 
+def keep_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """x cut along the batch over the mesh in use; x as it is where there is none, or it does not divide."""
+    mesh = _mesh_in_use()
+    if mesh is None or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec((DATA, FSDP)))
+
+
+def gathered(params: PyTree[Array], leave: str | None = None) -> PyTree[Array]:
+    """Parameters whole on every device of the mesh in use; those inside the part called `leave` as they are."""
+    if _mesh_in_use() is None:
+        return params
+
+    def gather(path: Any, leaf: Array) -> Array:
+        if leave is not None and jax.tree_util.keystr(path[:1], simple=True) == leave:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def _mesh_in_use() -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if {DATA, FSDP} <= set(mesh.axis_names) else None
+
+
 def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     """A host batch onto the mesh: NumPy arrays along the batch axis; what is on the devices already stays as it is."""
 
@@ -83,4 +111,3 @@ def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
         return jax.device_put(leaf, NamedSharding(mesh, batch_spec(np.shape(leaf), mesh)))
 
     return jax.tree.map(put, batch)
-

@@ -1,5 +1,6 @@
 """The rCM stage: each phase moves its own network, and a run that was cut in two ends as one that was not."""
 
+import importlib
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from turbojax.attention import AttentionConfig
 from turbojax.config import DiTConfig
 from turbojax.models.dit import WanDiT
-from turbojax.train import loop
+from turbojax.train import loop, rcm
 from turbojax.train.rcm_stage import RCMConfig, RCMStage
 from turbojax.train.student import AdamConfig, Drawn, Networks
 
@@ -64,6 +65,27 @@ def test_each_phase_moves_its_own_network(stage):
     assert moved(stage.init().student, state.student)
     assert moved(stage.init().critic, state.critic)
     assert int(state.updates) == 4
+
+
+def test_the_derivative_along_the_flow_avoids_attention_without_forward_mode(monkeypatch):
+    """On a GPU exact attention is cuDNN's, which `jax.jvp` cannot pass; traced only: here there is no GPU."""
+    asked = []
+    module = importlib.import_module("pallas_kernels.dense_attention")
+    monkeypatch.setattr(module, "cudnn_refusal", lambda *_: asked.append(1) or "no GPU")
+    teacher = WanDiT(DiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=8), rngs=nnx.Rngs(0))
+    networks = Networks(teacher, AttentionConfig("dense"))
+    x, t, context = jnp.ones((1, 3, 4, 2, 16)), jnp.ones(1), jnp.ones((1, 5, 8))
+
+    def tangent(forward_mode):
+        def student(x, timestep):
+            return networks.student(networks.teacher_params, x, timestep, context, forward_mode=forward_mode)
+
+        return jax.make_jaxpr(lambda: rcm.tangent(student, lambda x, t: x, x, t, 1.0))()
+
+    tangent(forward_mode=True)
+    assert not asked
+    tangent(forward_mode=False)
+    assert asked
 
 
 @pytest.mark.slow

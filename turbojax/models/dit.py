@@ -31,6 +31,7 @@ from turbojax.models.layers import (
     rope_table,
     timestep_embedding,
 )
+from turbojax.sharding import gathered, keep_batch
 
 Rope = tuple[Float[Array, "L half"], Float[Array, "L half"]]
 # What the backward pass computes again: nothing, each whole block, or all of it but what the linear layers gave.
@@ -213,11 +214,12 @@ def _forward(
     graph: nnx.GraphDef[WanDiT],
     options: _Options,
 ) -> Float[Array, "B t h w C_out"]:
-    model = nnx.merge(graph, state)
+    # The blocks' are gathered layer by layer.
+    model = nnx.merge(graph, gathered(state, leave="blocks"))
     config = model.config
     (t, h, w), (kt, kh, kw) = latents.shape[1:4], config.patch_size
     grid = t // kt, h // kh, w // kw
-    tokens = model.patch_embedding(patchify(latents.astype(model.dtype), config.patch_size))
+    tokens = keep_batch(model.patch_embedding(patchify(latents.astype(model.dtype), config.patch_size)))
     if options.round_timestep:
         timestep = timestep.astype(jnp.bfloat16)
     time, time6 = model.embed_time(timestep)
@@ -227,7 +229,8 @@ def _forward(
     block, layers = nnx.split(model.blocks)
 
     def layer(x: Array, layer_state: PyTree[Array]) -> tuple[Array, None]:
-        return nnx.merge(block, layer_state)(x, time6, text, rope, options.attention), None
+        x = nnx.merge(block, gathered(layer_state))(x, time6, text, rope, options.attention)
+        return keep_batch(x), None
 
     body = layer
     if options.remat != "none":

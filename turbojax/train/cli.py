@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from turbojax.train import i2v_cli
+
 _STAGES = """\
 stages, in order:
   vae      the VAE: a PCA codec first, then --part decoder and --part encoder against it, then --part joint
   teacher  the DiT and its text encoder, by rectified flow on the PCA latents of the vae stage
   sla      a student with sparse-linear attention, fine-tuned to answer as the teacher does
   rcm      a student of few steps, by consistency along the teacher's guided flow and DMD2
+  i2v      image to video: two experts grown from the teacher, then a student of each
 
 Every stage resumes where it stopped: give the same command again.
 """
@@ -36,6 +39,7 @@ _COMMON: Mapping[str, Flag] = {
     "out": Flag("out", Path, "folder of checkpoints, metrics and sheets"),
     "export": Flag("export", Path, "write the averaged weights here at the end"),
     "pca": Flag("pca", Path, "pca.npz of the vae stage"),
+    "cache": Flag("cache", Path, "folder for the encoded scenes, which runs may share (OUT)"),
     "clips": Flag("clips", int, "procedural scenes drawn and encoded once (16384)"),
     "steps": Flag("steps", int, "updates in all"),
     "batch": Flag("batch", int, "samples an update (8)"),
@@ -98,6 +102,7 @@ def add_arguments(subparsers: Any) -> None:
     vae.add_argument("--out", type=Path, required=True, help="folder of checkpoints, metrics and sheets")
     vae.add_argument("--steps", type=int, default=1000)
     vae.add_argument("--seed", type=int, default=0)
+    i2v_cli.add_arguments(stages)
     for stage, flags in _FLAGS.items():
         parser = stages.add_parser(stage, help=_HELP[stage], epilog=_SETTINGS)
         parser.add_argument("--config", metavar="FILE", help="settings in TOML or JSON, or the name of a shipped file")
@@ -122,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
 
         train_vae(TrainVAEConfig(part=args.part, out=args.out, steps=args.steps, seed=args.seed))
         return 0
+    if args.stage == "i2v":
+        return i2v_cli.run(args)
     from turbojax.train import launch
 
     where, config = configured(args)

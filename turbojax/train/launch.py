@@ -26,7 +26,7 @@ from turbojax.train.teacher import Sampler, Teacher, TeacherConfig, prepare_teac
 from turbojax.train.teacher import export as export_teacher
 
 # Settings that say how a run goes, not what it computes: they may change when it is taken up again.
-HOW = ("out", "export", "data", "fsdp", "log_every", "sample_every", "checkpoint_every", "keep")
+HOW = ("out", "export", "cache", "data", "fsdp", "log_every", "sample_every", "checkpoint_every", "keep")
 SHEET_CLIPS = 8
 
 
@@ -44,7 +44,7 @@ def train_teacher(run: TeacherRun, config: TeacherConfig) -> tuple[Teacher, Any]
     pca = PCALatents.load(run.pca)
     start = None if run.start is None else _exported_teacher(run.start, config)
     stage = prepare_teacher(
-        config, pca, out, tokenizer=run.tokenizer, clips=run.clips, data_seed=run.data_seed, start=start,
+        config, pca, run.encoded, tokenizer=run.tokenizer, clips=run.clips, data_seed=run.data_seed, start=start,
         compute=run.compute, remat=run.remat,
     )  # fmt: skip
     state = loop.run(stage, run.loop(config.steps, config.seed), Sampler(stage, pca, out), run.mesh())

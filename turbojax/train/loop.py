@@ -6,6 +6,7 @@ takes the very same steps as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -101,7 +102,8 @@ def _train(
     key = jax.random.key(config.seed)
     window: list[Mapping[str, jax.Array]] = []
     saved = clock = time.monotonic()
-    with (Path(config.out) / "metrics.jsonl").open("a") as log:
+    spread = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with (Path(config.out) / "metrics.jsonl").open("a") as log, spread:
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=2.0):
             batch = stage.batch(step)
             if mesh is not None:

@@ -188,14 +188,16 @@ class RunConfig:
     """Where a run reads and writes, and how it is spread: what `turbojax train` adds to a stage's own settings.
 
     start: exported weights to go on from. pca: the codec of the procedural clips; clips: how many are drawn, from
-    data_seed. compute: dtype of the networks (None: as stored; what trains is float32 always). remat: what backward
-    passes recompute. data, fsdp: the mesh (`turbojax.sharding`). checkpoint_every: seconds. keep: checkpoints.
+    data_seed; cache: folder of their latents (None: `out`). compute: dtype of the networks (None: as stored; what
+    trains is float32 always). remat: what backward passes recompute. data, fsdp: the mesh (`turbojax.sharding`).
+    checkpoint_every: seconds. keep: checkpoints.
     """
 
     out: Path | None = None
     export: Path | None = None
     start: Path | None = None
     pca: Path | None = None
+    cache: Path | None = None
     clips: int = 16_384
     data_seed: int = 0
     compute: Literal["bfloat16", "float32"] | None = None
@@ -211,6 +213,13 @@ class RunConfig:
         return loop.LoopConfig(
             steps, str(self.out), seed, self.log_every, self.checkpoint_every, self.sample_every, self.keep
         )
+
+    @property
+    def encoded(self) -> Path:
+        """Where the latents of the procedural clips are kept; runs on the same clips may share them."""
+        folder = self.cache or self.out
+        assert folder is not None
+        return folder / f"latents-{self.data_seed}-{self.clips}.npy"
 
     def mesh(self) -> Mesh | None:
         return None if self.data == self.fsdp == 1 else make_mesh(self.data, self.fsdp)
@@ -244,20 +253,24 @@ def prepare_networks(run: StudentRun, attention: AttentionConfig) -> Networks:
 
 
 def prepare_clips(run: StudentRun, seed: int) -> Clips:
-    """The procedural clips, encoded once into `run.out`."""
+    """The procedural clips, encoded once."""
     assert run.teacher is not None
     assert run.pca is not None
-    assert run.out is not None
     encoder = load_component(part_folder(run.teacher, "text_encoder"), dtype="float32")
     if encoder.config != TEXT_ENCODER:
         raise UserError(f"{run.teacher}: its text encoder is not the small model's; other models train on --shards")
     scenes = data.clips(run.data_seed + 1000, run.clips)
-    latents = encode_scenes(scenes, PCALatents.load(run.pca), run.out / f"latents-{run.data_seed}-{run.clips}.npy")
+    latents = encode_scenes(scenes, PCALatents.load(run.pca), run.encoded)
     combinations = [(s.colour, s.shape, s.motion) for s in scenes]
     tokenizer = Tokenizer.load(SHIPPED_TOKENIZER, PRESETS["tiny"].text_len)
     graph, state = nnx.split(encoder)
     encode = jax.jit(lambda ids, mask: nnx.merge(graph, state)(ids, mask))
     return Clips(latents, combinations, tokenizer, encode, seed)
+
+
+def train(stage: loop.Stage, *, steps: int, out: Path, seed: int, checkpoint_every: float = 120.0) -> PyTree:
+    """Run, or resume, a stage in `out` with the loop's own settings."""
+    return loop.run(stage, loop.LoopConfig(steps, str(out), seed, checkpoint_every=checkpoint_every))
 
 
 def part_folder(folder: Path, part: str) -> Path:

@@ -176,7 +176,7 @@ class Sampler(Sheets):
 def prepare_teacher(
     config: TeacherConfig,
     pca: PCALatents,
-    out: Path,
+    encoded: Path,
     *,
     tokenizer: Path | None = None,
     clips: int = 16_384,
@@ -185,9 +185,9 @@ def prepare_teacher(
     compute: DTypeLike | None = None,
     remat: Remat = "none",
 ) -> Teacher:
-    """The stage on `clips` scenes drawn from `data_seed`, whose latents are kept in `out`."""
+    """The stage on `clips` scenes drawn from `data_seed`, whose latents are kept in the file `encoded`."""
     scenes = data.clips(data_seed + 1000, clips)
-    latents = encode_scenes(scenes, pca, out / f"latents-{data_seed}-{clips}.npy")
+    latents = encode_scenes(scenes, pca, encoded)
     combinations = [(s.colour, s.shape, s.motion) for s in scenes]
     words = Tokenizer.load(tokenizer or SHIPPED_TOKENIZER, PRESETS["tiny"].text_len)
     return Teacher(config, latents, combinations, words, start, jnp.bfloat16 if compute is None else compute, remat)

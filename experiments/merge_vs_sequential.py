@@ -1,0 +1,116 @@
+"""Sparse attention and few steps in one student: merge two fine-tunings, or train one after the other?
+
+    python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz       (about 90 minutes on one core)
+    python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz --quick
+
+    merged       dense student by rCM + (student with SLA - teacher): the two train apart (TurboDiffusion's way)
+    sequential   the student with SLA, then rCM on it with sparse attention
+    dense        the student by rCM alone, for what sparsity costs
+
+All start from the same teacher and see the same clips; both students have had the same numbers of updates. The one to
+be merged learns to answer as the teacher does without guidance, since guidance enters by rCM's change; the one to go on
+from learns the guided answer. Every stage resumes: give the same command again.
+
+What came out: not run in full yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from convert import merge_checkpoints
+from experiments.command import Command, run
+from turbojax.attention import DENSE
+from turbojax.cli_evaluate import measured, read_prompts, subject, write
+from turbojax.errors import UserError
+from turbojax.pipeline_config import find_pipeline
+from turbojax.train.launch import train_student
+from turbojax.train.rcm_stage import RCMConfig
+from turbojax.train.sla import SLAConfig
+from turbojax.train.student import SLA, StudentRun
+
+SPARSE, ARMS = dataclasses.replace(SLA, kind="sla"), ("merged", "sequential", "dense")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command = Command(__doc__ or "", "merge_vs_sequential", model="tiny-teacher")
+    command.option("pca", "runs/vae/pca.npz", "runs/vae/pca.npz", "codec of the training clips")
+    command.option("sla_steps", 600, 2, "updates of SLA")
+    command.option("rcm_steps", 1300, 3, "updates of rCM, student and critic together")
+    command.option("clips", 16_384, 16, "scenes to train on")
+    command.option("seeds", 7, 1, "clips of each prompt to measure")
+    command.option("prompts", 48, 2, "prompts to measure")
+    command.option("guidance", 2.0, 2.0, "of the teacher, which the students take in")
+    args = command.parse(argv)
+    if not Path(args.pca).is_file():
+        raise UserError(f"--pca {args.pca}: no such file; `turbojax train vae --part pca` makes it")
+    if args.model == "tiny":
+        raise UserError("--model must be the teacher: tiny-teacher, or a folder of its kind")
+    folders = train(args)
+    arms = {arm: pipeline(args, arm, folders[arm]) for arm in ARMS}
+    compare(args, arms)
+
+
+def train(args: argparse.Namespace) -> dict[str, Path]:
+    """The folder of each arm's transformer."""
+    teacher = find_pipeline(args.model).paths
+    # What a run needs of the teacher lies together in one folder.
+    together = args.out / "teacher"
+    together.mkdir(exist_ok=True)
+    for part in ("dit", "text_encoder"):
+        if not (together / part).exists():
+            (together / part).symlink_to(teacher[part])
+    common = StudentRun(teacher=together, pca=Path(args.pca), cache=args.out, clips=args.clips, sample_every=10**9)
+
+    def student(name: str, config: SLAConfig | RCMConfig, start: Path | None = None) -> Path:
+        export = args.out / name / "student"
+        train_student(dataclasses.replace(common, out=args.out / name, export=export, start=start), config)
+        return export
+
+    sla = SLAConfig(steps=args.sla_steps, attention=SPARSE)
+    rcm = RCMConfig(steps=args.rcm_steps, guidance=args.guidance, student_every=2, tangent_warmup=args.rcm_steps // 13)
+    dense = student("rcm-dense", dataclasses.replace(rcm, attention=DENSE))
+    apart = student("sla-unguided", sla)
+    guided = student("sla-guided", dataclasses.replace(sla, guidance=args.guidance))
+    after = student("rcm-sparse", dataclasses.replace(rcm, attention=SPARSE), guided)
+    merged = args.out / "merged"
+    merge_checkpoints(dense, together / "dit", apart, merged, format="safetensors", overwrite=True, progress=False)
+    return {"merged": merged, "sequential": after, "dense": dense}
+
+
+def pipeline(args: argparse.Namespace, arm: str, dit: Path) -> Path:
+    """A pipeline folder that samples the arm's transformer in four steps without guidance."""
+    found = find_pipeline(args.model)
+    attention = DENSE if arm == "dense" else SPARSE
+    parts = {name: str(path.absolute()) for name, path in (found.paths | {"dit": dit}).items()}
+    config = dataclasses.replace(
+        found.spec.config, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), attention=attention.kind,
+        topk=attention.topk, block_q=attention.block_q, block_k=attention.block_k, parts=parts,
+    )  # fmt: skip
+    folder = args.out / "pipelines" / arm
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pipeline.json").write_text(config.to_json())
+    return folder
+
+
+def compare(args: argparse.Namespace, arms: dict[str, Path]) -> None:
+    """All arms in 4, 2 and 1 steps beside the teacher, on the same noise."""
+    teacher = subject(args.model, {"steps": 4} if args.quick else {})
+    students = [
+        dataclasses.replace(subject(str(folder), {"steps": steps}), name=f"{arm}, {steps} steps")
+        for arm, folder in arms.items()
+        for steps in ((4,) if args.quick else (4, 2, 1))
+    ]
+    prompts = dict(list(read_prompts(None).items())[: args.prompts])
+    with (args.out / "results.jsonl").open("w") as log:
+        for rows in measured([teacher, *students], teacher, prompts, args.seeds, 2 if args.quick else 8):
+            log.write("".join(json.dumps(row) + "\n" for row in rows))
+    write(args.out, [teacher, *students], teacher)
+
+
+if __name__ == "__main__":
+    run(main)
