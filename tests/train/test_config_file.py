@@ -13,6 +13,7 @@ from turbojax.train.config_file import nested, overlay, read_config, remember
 from turbojax.train.rcm_stage import RCMConfig
 from turbojax.train.sla import SLAConfig
 from turbojax.train.trigflow import LogNormal, UniformShift
+from turbojax.train.vae import PHASES, TrainVAEConfig
 
 SHIPPED = sorted(p.stem for p in config_file.SHIPPED.glob("*.toml"))
 
@@ -115,6 +116,16 @@ def test_flags_override_set_which_overrides_the_file(tmp_path, monkeypatch):
 def test_mistakes_of_the_command_are_told_before_anything_starts(arguments, told, capsys):
     assert main(["train", *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_flags_of_the_vae_reach_its_configuration(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("turbojax.train.vae.train_vae", seen.append)
+    command = ["train", "vae", "--part", "polish", "--phases", "whole", "--learning-rate", "7e-4", "--seed", "3"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert seen == [
+        TrainVAEConfig("polish", tmp_path, learning_rate=7e-4, seed=3, phases=PHASES["whole"])
+    ]  # what is not given stays as it is
 
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 
 from turbojax.config import DiTConfig
 from turbojax.tokenizer import Tokenizer
-from turbojax.train import data, loop
+from turbojax.train import data, launch, loop
 from turbojax.train.flow import add_noise, sample_noise_levels, velocity_errors
 from turbojax.train.optimizer import OptimizerConfig, schedule
-from turbojax.train.teacher import SHIPPED_TOKENIZER, Teacher, TeacherConfig
+from turbojax.train.teacher import SHIPPED_TOKENIZER, Teacher, TeacherConfig, export
 
 SMALL = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=64)
 
@@ -81,3 +81,20 @@ def test_the_learning_rate_warms_up_holds_and_ends_at_zero():
     assert float(rate(10)) == float(rate(49)) == 1.0
     assert float(rate(75)) == pytest.approx(0.5, abs=0.01)
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_second_run_starts_from_the_average_of_the_first(stage, tmp_path):
+    first = loop.run(stage, loop.LoopConfig(steps=2, out=str(tmp_path / "first")))
+    for a, b in zip(
+        jax.tree.leaves(launch._earlier_teacher(tmp_path / "first", stage)), jax.tree.leaves(first.ema), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    # Exported, they are rounded to what the model keeps.
+    export(stage, first, tmp_path / "exported")
+    exported = launch._earlier_teacher(tmp_path / "exported", stage)
+    assert jax.tree.structure(exported) == jax.tree.structure(first.ema)
+    np.testing.assert_allclose(
+        exported["dit"]["blocks"]["ffn"]["up"]["kernel"].astype(jnp.float32),
+        first.ema["dit"]["blocks"]["ffn"]["up"]["kernel"],
+        rtol=2**-8,
+    )

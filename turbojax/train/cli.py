@@ -51,7 +51,7 @@ _COMMON: Mapping[str, Flag] = {
     "fsdp": Flag("fsdp", int, "devices that share batch and weights (1)"),
 }
 _TEACHER: Mapping[str, Flag] = {
-    "start": Flag("start", Path, "exported teacher to go on from"),
+    "start": Flag("start", Path, "earlier run, or exported teacher, to go on from"),
     "learning-rate": Flag("optimizer.learning_rate", float, "(2e-3)"),
     "hold": Flag("optimizer.hold", float, "share of the steps before the rate falls (0.5)"),
     "tokenizer": Flag("tokenizer", Path, "folder with tokenizer.json (the shipped one)"),
@@ -98,10 +98,12 @@ def add_arguments(subparsers: Any) -> None:
     )
     stages = train.add_subparsers(dest="stage", metavar="STAGE", required=True)
     vae = stages.add_parser("vae", help="the VAE")
-    vae.add_argument("--part", choices=("pca", "decoder", "encoder", "joint"), required=True)
+    vae.add_argument("--part", choices=("pca", "decoder", "encoder", "joint", "polish"), required=True)
     vae.add_argument("--out", type=Path, required=True, help="folder of checkpoints, metrics and sheets")
-    vae.add_argument("--steps", type=int, default=1000)
-    vae.add_argument("--seed", type=int, default=0)
+    vae.add_argument("--pca", type=Path, default=argparse.SUPPRESS, help="the codec's file (OUT/pca.npz)")
+    vae.add_argument("--phases", choices=("crops", "frames", "whole"), default="crops", help="(crops)")
+    for name, kind in {"steps": int, "learning-rate": float, "warmup": int, "seed": int}.items():
+        vae.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS)
     i2v_cli.add_arguments(stages)
     for stage, flags in _FLAGS.items():
         parser = stages.add_parser(stage, help=_HELP[stage], epilog=_SETTINGS)
@@ -123,9 +125,11 @@ def run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()
     if args.stage == "vae":
-        from turbojax.train.vae import TrainVAEConfig, train_vae
+        from turbojax.train.vae import PHASES, TrainVAEConfig, train_vae
 
-        train_vae(TrainVAEConfig(part=args.part, out=args.out, steps=args.steps, seed=args.seed))
+        names = ("part", "out", "pca", "steps", "learning_rate", "warmup", "seed")
+        given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        train_vae(TrainVAEConfig(**given, phases=PHASES[args.phases]))
         return 0
     if args.stage == "i2v":
         return i2v_cli.run(args)

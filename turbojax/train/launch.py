@@ -21,6 +21,7 @@ from turbojax.train.pca import PCALatents
 from turbojax.train.rcm_stage import RCMConfig, RCMStage
 from turbojax.train.shards import ShardClips, find_shards, read_negative
 from turbojax.train.sla import SLAConfig, SLAStage
+from turbojax.train.state import restore_run
 from turbojax.train.student import Clips, Networks, RunConfig, StudentRun, part_folder, prepare_clips, prepare_networks
 from turbojax.train.teacher import Sampler, Teacher, TeacherConfig, prepare_teacher
 from turbojax.train.teacher import export as export_teacher
@@ -42,11 +43,12 @@ def train_teacher(run: TeacherRun, config: TeacherConfig) -> tuple[Teacher, Any]
     out = _begin(run, config, ("pca",))
     assert run.pca is not None
     pca = PCALatents.load(run.pca)
-    start = None if run.start is None else _exported_teacher(run.start, config)
     stage = prepare_teacher(
-        config, pca, run.encoded, tokenizer=run.tokenizer, clips=run.clips, data_seed=run.data_seed, start=start,
+        config, pca, run.encoded, tokenizer=run.tokenizer, clips=run.clips, data_seed=run.data_seed,
         compute=run.compute, remat=run.remat,
     )  # fmt: skip
+    if run.start is not None:
+        stage.start = _earlier_teacher(run.start, stage)
     state = loop.run(stage, run.loop(config.steps, config.seed), Sampler(stage, pca, out), run.mesh())
     if run.export:
         export_teacher(stage, state, run.export)
@@ -87,10 +89,12 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _exported_teacher(folder: Path, config: TeacherConfig) -> PyTree:
-    """Weights that `turbojax train teacher --export` wrote, in float32."""
+def _earlier_teacher(folder: Path, stage: Teacher) -> PyTree:
+    """Averaged weights of an earlier run: from its own folder in float32, or as it exported them."""
+    if (found := restore_run(folder, stage.init())) is not None:
+        return found[0].ema
     parts = {"dit": load_component(folder / "dit"), "text": load_component(folder / "text_encoder")}
-    if parts["dit"].config != config.dit:
+    if parts["dit"].config != stage.config.dit:
         raise UserError(f"{folder}: a teacher of another shape")
     return {name: nnx.to_pure_dict(nnx.split(module)[1]) for name, module in parts.items()}
 
