@@ -1,0 +1,154 @@
+"""The acceleration ladder: what does each part of TurboDiffusion add, in time and in quality?
+
+    python -m experiments.ladder                                           (see below for the time)
+    python -m experiments.ladder --model DIR-STUDENT --teacher DIR-TEACHER
+
+From the many-step teacher with guidance, parts are added one after the other: sparse-linear attention (SLA; the
+teacher was not tuned for it), its low-bit form (Sage), W8A8 linear layers with norms apart and then fused, and rCM
+(the student: few steps, no guidance, tuned for all of it). Below the ladder, each part alone. On a CPU the INT8 and
+FP8 formats are emulated: their rungs show quality, not the speed that they have on a GPU.
+
+What came out: not run in full yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from experiments.clips import Clips, describe, right, seconds
+from experiments.command import Command, run
+from experiments.records import Row
+from experiments.report import COLOURS, bootstrap, figure, save, write_table
+from experiments.sparse import few_steps, own_attention
+from turbojax.errors import UserError
+from turbojax.models.layers import Linear
+from turbojax.pipeline import Pipeline
+from turbojax.quant import QuantizedLinear, block_linears, quantize_dit
+from turbojax.train.evaluate import wilson
+
+Rungs = dict[str, Callable[[], Any]]
+
+
+class NormsApart(QuantizedLinear):
+    """A W8A8 layer whose input is normalised, written as floats, read again and quantised: three passes, not one."""
+
+    def modulated(self, x: Array, shift: Array, scale: Array, eps: float) -> Any:
+        return jax.lax.optimization_barrier(Linear.modulated(self, x, shift, scale, eps))  # pyright: ignore
+
+
+def norms_apart(pipeline: Pipeline) -> Pipeline:
+    """The same pipeline with W8A8 layers that do not fuse the norms."""
+    dit = quantize_dit(pipeline.dit)
+    for path in block_linears(pipeline.dit):
+        *parents, name = path.split(".")
+        owner = dit
+        for parent in parents:
+            owner = getattr(owner, parent)
+        layer = getattr(owner, name)
+        setattr(owner, name, NormsApart(layer.weight_q[...], layer.weight_scale[...], layer.bias[...]))
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer")}
+    return Pipeline(pipeline.spec.config, dit=dit, name=pipeline.spec.name, **parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command = Command(str(__doc__), "ladder")
+    command.option("teacher", "tiny-teacher", "tiny-teacher", "the many-step model")
+    command.option("steps", 50, 6, "steps of the teacher")
+    command.option("clips", 48, 4, "clips of each rung")
+    command.option("batch_size", 8, 4, "clips made at once")
+    args = command.parse(argv)
+    student = Clips(args.out, args.model, clips=args.clips, batch_size=args.batch_size)
+    teacher = Clips(args.out, args.teacher, clips=args.clips, batch_size=args.batch_size)
+    if teacher.spec.config.boundary is not None:
+        raise UserError(f"{args.teacher} has two experts: the ladder takes models of one")
+    ladder, alone = rungs(student, teacher, args.steps, args.quick)
+    print(f"{len(ladder)} rungs and {len(alone)} parts alone")
+    measured = {}
+    for name, make in (ladder | alone).items():
+        # Both models' rows share the file: a rung's name says which made it.
+        measured[name] = teacher.measure({"rung": name, "steps": args.steps}, make, reference_of(name, args.steps))
+    report(teacher, measured, list(ladder), args.steps)
+
+
+def reference_of(name: str, steps: int) -> dict[str, Any] | None:
+    return None if name == "dense" else {"rung": "dense", "steps": steps}
+
+
+def rungs(student: Clips, teacher: Clips, steps: int, quick: bool) -> tuple[Rungs, Rungs]:
+    """Name -> what makes its clips: the ladder, and the parts alone."""
+    sparse = own_attention(student.spec)
+    float_sla = dataclasses.replace(sparse, kind="sla")
+    sage_sla = dataclasses.replace(sparse, kind="sagesla")
+    many: dict[str, Any] = {"steps": steps, "quant": "none"}
+    dense: dict[str, Any] = {"attention": "dense"}
+
+    def w8a8(**options: Any) -> Callable[[], Any]:
+        return lambda: teacher.generate(steps=steps, quant="w8a8", **options)
+
+    ladder: Rungs = {
+        "dense": lambda: teacher.generate(**many, **dense),
+        "+ SLA": lambda: teacher.generate(**many, attention=float_sla),
+        "+ Sage": lambda: teacher.generate(**many, attention=sage_sla),
+        "+ W8A8": lambda: teacher.generate(
+            norms_apart(teacher.pipeline), steps=steps, quant="w8a8", attention=sage_sla
+        ),
+        "+ fused norms": w8a8(attention=sage_sla),
+    }
+    alone: Rungs = {
+        "Sage alone": lambda: teacher.generate(**many, attention="sage"),
+        "W8A8 alone": w8a8(**dense),
+    }
+    if few_steps(student.spec):
+        ladder["+ rCM = all"] = lambda: student.generate(quant="w8a8", attention=sage_sla)
+        alone["rCM and SLA, float"] = lambda: student.generate(quant="none", attention=float_sla)
+        alone["rCM, dense, float"] = lambda: student.generate(quant="none", **dense)
+    if quick:
+        alone = {}
+    return ladder, alone
+
+
+def report(clips: Clips, measured: dict[str, list[Row]], ladder: Sequence[str], steps: int) -> None:
+    first = measured[ladder[0]]
+    rows = []
+    for name, clip_rows in measured.items():
+        faster = f"{seconds(first) / seconds(clip_rows):.1f}x"
+        rows.append({"rung": name, "DiT speed-up": faster, **describe(clip_rows, first)})
+    device = jax.devices()[0].device_kind
+    write_table(
+        clips.out / "table.md",
+        rows,
+        f"{len(clips.wanted)} clips a rung, the same in each, {steps} steps of the teacher, on {device}; 95% "
+        "intervals. Change of fit and agreement: against the dense rung, clip by clip; the student adds fresh noise at "
+        "each step, so its clips are other clips and agreement means little there.",
+    )
+    fig, (axes,) = figure(1, 3 if clips.readable else 1, 4.2, 3.4)
+    colours = [COLOURS[0] if name in ladder else COLOURS[5] for name in measured]
+    places = np.arange(len(measured))[::-1]
+    times = [seconds(r) for r in measured.values()]
+    axes[0].barh(places, times, color=colours)
+    for place, value in zip(places, times, strict=True):
+        axes[0].text(value, place, f" {value:.3f} s  {times[0] / value:.1f}x", va="center", fontsize=8)
+    axes[0].set(title="DiT seconds a clip", xlim=(0, max(times) * 1.35))
+    axes[0].set_yticks(places, list(measured))
+    if clips.readable:
+        hits = [sum(map(right, r)) for r in measured.values()]
+        shares = [(100 * h / len(first), *(100 * x for x in wilson(h, len(first)))) for h in hits]
+        fits = [(float(np.mean(f)), *bootstrap(f)) for f in ([x["fit"] for x in r] for r in measured.values())]
+        for axis, data, title in ((axes[1], shares, "all right, %"), (axes[2], fits, "fit, dB")):
+            middle, low, high = np.array(data).T
+            axis.barh(places, middle, color=colours)
+            axis.errorbar(middle, places, xerr=(middle - low, high - middle), fmt="none", ecolor="black", capsize=2)
+            axis.set(title=title, xlim=(max(0.0, float(low.min()) - 0.15 * float(np.ptp(high)) - 2), None))
+            axis.set_yticks(places, [""] * len(places))
+    save(fig, clips.out / "waterfall.png")
+    clips.sheet({(name, ""): {"rung": name, "steps": steps} for name in measured})
+
+
+if __name__ == "__main__":
+    run(main)
