@@ -86,13 +86,16 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class UniformShift:
-    """u ~ U(0, 1), s = shift u / (1 + (shift - 1) u)."""
+    """s = shift u / (1 + (shift - 1) u) for a uniform u, between `low` and `high` (an expert's share of the noise)."""
 
     shift: float
+    low: float = 0.0
+    high: float = 1.0
 
     def draw(self, key: PRNGKeyArray, count: int) -> Float[Array, "count"]:
         """TrigFlow angles."""
-        u = jax.random.uniform(key, (count,))
+        first, last = (s / (self.shift - (self.shift - 1.0) * s) for s in (self.low, self.high))
+        u = first + (last - first) * jax.random.uniform(key, (count,))
         return trig_time(self.shift * u / (1.0 + (self.shift - 1.0) * u))
 
 
