@@ -91,7 +91,6 @@ def test_faults_and_overruns_are_named():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_table_covers_every_case():
     """No case without a recorded cost, no cost of a case that is gone."""
     for target in aot.TARGETS:
