@@ -23,7 +23,7 @@ def test_every_contestant_is_timed(tmp_path, monkeypatch, capsys):
     assert bench.run(parsed("--json", str(out), "--seconds", "0.001")) == 0
     result = json.loads(out.read_text())
     ops = {time["op"] for time in result["times"]}
-    assert ops == {"attention", "linear", "norm_modulate_quantize", "rms_norm_rope"}
+    assert ops == {"attention float32", "attention bfloat16", "linear", "norm_modulate_quantize", "rms_norm_rope"}
     assert [time["error"] for time in result["times"]] == [None] * len(result["times"])
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
     assert len(capsys.readouterr().out.splitlines()) == len(result["times"])

@@ -68,7 +68,9 @@ class Time:
 def contests(size: Size, gpu: bool) -> Iterator[Contest]:
     dense = 4.0 * size.tokens**2 * size.heads * HEAD_DIM
     shape = f"{size.tokens} tokens, {size.heads} heads of {HEAD_DIM}"
-    yield Contest("attention", shape, dense, partial(_attention, size, gpu))
+    # Few-step inference on a GPU runs in bf16; a CPU may be faster in either.
+    for dtype in ("bfloat16",) if gpu else ("float32", "bfloat16"):
+        yield Contest(f"attention {dtype}", shape, dense, partial(_attention, size, gpu, dtype))
     for m, k, n in size.products:
         yield Contest("linear", f"{m} x {k} x {n}", 2.0 * m * k * n, partial(_linear, m, k, n, gpu))
     shape = f"{size.tokens} x {size.width}"
@@ -76,10 +78,9 @@ def contests(size: Size, gpu: bool) -> Iterator[Contest]:
     yield Contest("rms_norm_rope", shape, 0.0, partial(_rope, size, gpu))
 
 
-def _attention(size: Size, gpu: bool) -> Mapping[str, Call]:
-    # Few-step inference on a GPU runs in bf16; a CPU is fastest in float32.
+def _attention(size: Size, gpu: bool, dtype: str) -> Mapping[str, Call]:
     keys = jax.random.split(jax.random.key(0), 3)
-    shape, dtype = (1, size.tokens, size.heads, HEAD_DIM), jnp.bfloat16 if gpu else jnp.float32
+    shape = (1, size.tokens, size.heads, HEAD_DIM)
     qkv = tuple(jax.random.normal(key, shape, dtype) for key in keys)
     eye = jnp.eye(HEAD_DIM, dtype=dtype), jnp.zeros(HEAD_DIM, dtype)
     sla = partial(kernels.sparse_linear_attention, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K)
