@@ -20,7 +20,10 @@ Expected, of mma.sync alone (dense peaks: INT8, then e4m3 or bfloat16 with float
 INT8 block lists at top-k 0.1 take a tenth of dense. A step of 64 x 64 scores needs 1,536 cycles of a 4090's tensor
 cores (512 for Q K^T, 1,024 for P V: its e4m3 sums are exact to float32 at half the rate), 256 of its exp2 unit and
 512 to read K and V from shared memory four times, once a warp: mma.sync bounds it. K and V come from the L2 cache
-once for each 64 rows: 16 KiB a step, 3.4 TB/s over a 4090. The memory's own traffic is 0.25 GB and 1.9 GB.
+once for each 64 rows: 16 KiB a step, 3.4 TB/s over a 4090. The memory's own traffic is 0.25 GB and 1.9 GB. An A100
+with 16-bit values is bound as much by shared memory: 768 cycles a step to read it, 768 of mma.sync.
+The 16 rows of a warp stand in its way; 32 would need 128 registers for O alone. On a GeForce, e4m3 with float16 sums
+would double P V, but Mosaic GPU's `mma` has float32 sums only.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ def _forward(operands, q, k, blocks, scale, interpret):
         index = tail_first(index.reshape(n, *index.shape[2:]).astype(jnp.int32), key_blocks)
         if k_scale is not None:
             k_scale = jnp.take_along_axis(k_scale, index.reshape(n, -1), axis=1).reshape(index.shape)
-    flat_q = _pad_axis(flat_q[:, :rows], 1, rows)
+    flat_q = _pad_axis(flat_q, 1, max(rows, flat_q.shape[1]))
     flat_k, flat_v = (_pad_axis(x, 1, key_blocks * block_k) for x in (flat_k, flat_v))
     flat_v = jnp.swapaxes(pm.in_operand_order(flat_v), 1, 2)
     # Two blocks share an SM: tuning.json has the stages that half of its shared memory holds.
@@ -125,7 +128,7 @@ def _cp_async(interpret):
 def portable_attention(
     q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: PortableAttention, interpret
 ):
-    """Attention of [n, tiles * 64, d] queries, INT8 or in dtype (then q_scale and k_scale are None).
+    """Attention of the first tiles * 64 of q [n, rows, d], INT8 or in dtype (then q_scale and k_scale are None).
 
     q_scale [n, query blocks], times the softmax scale and log2(e).
     k [n, blocks * block_k, d]. v [n, d, blocks * block_k], in dtype or (with v_scale) in e4m3 and operand order.
@@ -139,8 +142,8 @@ def portable_attention(
     """
     quantized, fp8 = q.dtype == jnp.int8, v_scale is not None
     offset = LOG2_E4M3_MAX if fp8 else 0.0
-    n, rows, dim = q.shape
-    heads, stages = shape[2], config.stages
+    batches, rows, heads, dim = shape
+    n, stages = batches * heads, config.stages
     block_q, block_k = config.blocks
     parts, blocks = block_k // KEYS, k.shape[1] // block_k
     steps = parts * (blocks if index is None else index.shape[2])

@@ -43,16 +43,15 @@ def quantize_rows(x, mean, block, *, cp_async, interpret):
     Returns (int8 [b * h, l padded with zeros to blocks, d], float32 [b * h, blocks]).
     """
     whole = x.shape[1] // block * block
+    if whole == x.shape[1]:
+        return _whole_tiles(x, mean, block, cp_async, interpret)
     last = exact.rotate(heads_first(x[:, whole:])) - (0.0 if mean is None else mean[:, None])
+    last8, last_scale = exact.quantize_rows(last, block)
     if whole == 0:
-        return exact.quantize_rows(last, block)
+        return last8, last_scale
     x8, scale = _whole_tiles(x, mean, block, cp_async, interpret)
-    if whole < x.shape[1]:
-        last8, last_scale = exact.quantize_rows(last, block)
-        # The barrier keeps XLA from taking the kernel's result for the operand of the update.
-        x8 = lax.optimization_barrier(x8).at[:, whole:].set(last8)
-        scale = scale.at[:, whole // block :].set(last_scale)
-    return x8, scale
+    # The barrier keeps XLA from taking the kernel's result for the operand of the update.
+    return lax.optimization_barrier(x8).at[:, whole:].set(last8), scale.at[:, whole // block :].set(last_scale)
 
 
 def _whole_tiles(x, mean, block, cp_async, interpret):
