@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _hopper as hw
 from pallas_kernels import _hopper_quantize as quantize
+from pallas_kernels._hopper_linear import DENOMINATOR_EPS, FEATURE_MAPS
+from pallas_kernels._quantize_qkv import rotate
 
 LOG2_E4M3_MAX = 8.807354922057604
 WARPGROUPS = 2
@@ -51,18 +54,41 @@ class AttentionTiles:
     shared: bool
 
 
-def ring_stages(dim: int, block_k: int, rings: int, itemsize: int) -> int:
-    """Slots of each ring that fit in shared memory beside Q, the staged output and the barriers; 4 hide the latency."""
-    fixed = TILE_Q * dim * (itemsize + 2) + 4 * TILE_Q + 1024
+class LinearBranch(NamedTuple):
+    """What is added to the output: f(q) `combined` / (f(q) . f_sum + eps) + bias, f being `feature_map`.
+
+    q: the queries [b, lq, h, d] where the kernel has INT8 ones, else None. combined: f(k)^T v and the projection
+    multiplied, [n, d, d] in q's dtype. f_sum: float32 [n, d], sum of f(k). bias: float32 [d].
+    """
+
+    q: jax.Array | None
+    combined: jax.Array
+    f_sum: jax.Array
+    bias: jax.Array
+    feature_map: str
+
+
+def ring_stages(dim: int, block_k: int, rings: int, itemsize: int, linear: bool = False) -> int:
+    """Slots of each ring that fit in shared memory; 4 hide the latency.
+
+    Beside them stand the staged output (in 16 bits in the place of Q), INT8 Q, the linear branch's matrix, and in
+    4 KiB the log-sum-exp and the barriers.
+    """
+    fixed = TILE_Q * dim * (2 if itemsize == 2 else 3) + (2 * dim * dim if linear else 0) + 3584
     return min(4, (SMEM_BYTES - fixed) // (rings * 2 * block_k * dim * itemsize))
 
 
-def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret):
-    """What `hopper_attention` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense)."""
+def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None):
+    """What `hopper_attention` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense).
+
+    mean_k: the mean key, float32 [b * h, d], where it is known already.
+    """
     b, lq, h, _ = q.shape
     lk, n, tiles = k.shape[1], b * h, -(-lq // TILE_Q)
     keys = -(-lk // block_k) * block_k
-    mean = quantize.rotated_mean(k, lk) if smooth_k else None
+    mean = None
+    if smooth_k:
+        mean = rotate(quantize.mean_key(k) if mean_k is None else mean_k)
     v_scale = quantize.value_scales(v)
     q, k, v = map(whole_rows, (q, k, v))
     q8, q_scale = quantize.quantize_rows(q, None, lq, tiles * TILE_Q, block_q, interpret=interpret)
@@ -85,7 +111,7 @@ def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, int
     """
     sizes = {"block_q": block_q, "block_k": block_k}
     operands = sage_operands(q, k, v, block_index, scale=scale, smooth_k=smooth_k, interpret=interpret, **sizes)
-    return _forward(operands, q, k, block_q, block_k, None, interpret)
+    return attend(operands, q, k, block_q, block_k, None, interpret)
 
 
 def sparse_operands(q, k, v, block_index, *, block_q, block_k):
@@ -100,19 +126,21 @@ def sparse_operands(q, k, v, block_index, *, block_q, block_k):
 def sparse_forward(q, k, v, block_index, *, scale, block_q, block_k, interpret):
     """16-bit attention over block lists; arguments and results as for `sage_forward`."""
     operands = sparse_operands(q, k, v, block_index, block_q=block_q, block_k=block_k)
-    return _forward(operands, q, k, block_q, block_k, scale * hw.LOG2E, interpret)
+    return attend(operands, q, k, block_q, block_k, scale * hw.LOG2E, interpret)
 
 
-def _forward(operands, q, k, block_q, block_k, scale, interpret):
+def attend(operands, q, k, block_q, block_k, scale, interpret, linear: LinearBranch | None = None):
+    """`hopper_attention` of these operands with the tiles that fit; results as of `sage_forward`."""
     b, lq, h, dim = q.shape
     shared = operands[-1] is None or block_q == TILE_Q
     rings = 1 if shared else WARPGROUPS
-    stages = 2 if interpret else ring_stages(dim, block_k, rings, operands[0].dtype.itemsize)
+    stages = 2 if interpret else ring_stages(dim, block_k, rings, operands[0].dtype.itemsize, linear is not None)
     config = AttentionTiles(block_k=block_k, stages=stages, shared=shared)
     shape = (b, -(-lq // TMA_ROWS) * TMA_ROWS, h, dim)
     o, lse = hopper_attention(
-        *operands, shape=shape, lk=k.shape[1], dtype=q.dtype, scale=scale, config=config, interpret=interpret
-    )
+        *operands, shape=shape, lk=k.shape[1], dtype=q.dtype, scale=scale, config=config, interpret=interpret,
+        linear=linear,
+    )  # fmt: skip
     return o[:, :lq], lse[:, :lq].reshape(b, h, lq) * hw.LN2
 
 
@@ -136,8 +164,9 @@ def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def hopper_attention(
-    q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: AttentionTiles, interpret
-):
+    q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: AttentionTiles, interpret,
+    linear: LinearBranch | None = None,
+):  # fmt: skip
     """Attention of INT8 queries [n, tiles * 128, d], or of q in dtype as the model has it (then all scales are None).
 
     k [n, blocks * block_k, d] and v [n, d, blocks * block_k] e4m3, columns in `hw.FP8_ORDER`; or in dtype q
@@ -147,7 +176,7 @@ def hopper_attention(
     index int32 [n, lists, steps]: blocks in the order of the steps, the ragged last one (if there) first. None:
         all blocks, from the last to the first. lists is tiles if config.shared, else 2 * tiles.
     k_scale [n, lists, steps], or [n, blocks] when index is None. v_scale [n, d].
-    shape: of the output, [b, lq, h, d]; lk: true number of keys.
+    shape: of the output, [b, lq, h, d]; lk: true number of keys. linear: what to add to it, or None.
 
     Returns (output in dtype, log2-sum-exp2 of the scaled scores [n, tiles * 128] float32).
     """
@@ -173,8 +202,12 @@ def hopper_attention(
         def block(row, i):
             return (blocks - 1) - i if index is None else ref["index"][head, row, i]
 
+        q_smem = ref["q_smem" if quantized else "tile_smem"]
+
         def produce(ring):
             row = tile * rings + ring
+            if ring == 0 and linear is not None:
+                plgpu.copy_gmem_to_smem(ref["combined"].at[head], ref["combined_smem"], ref["combined_full"])
 
             def load(i, j):
                 slot = lax.rem(i, stages)
@@ -209,8 +242,12 @@ def hopper_attention(
             ring = 0 if config.shared else wg
             row = tile if config.shared else tile * WARPGROUPS + wg
             first = tile * TILE_Q + wg * hw.ROWS
-            queries = rows_of("q", pl.ds(first, hw.ROWS))
-            plgpu.copy_gmem_to_smem(queries, ref["q_smem"].at[wg], ref["q_full"].at[wg])
+            rows = pl.ds(first, hw.ROWS)
+            plgpu.copy_gmem_to_smem(rows_of("q", rows), q_smem.at[wg], ref["q_full"].at[wg])
+            if quantized and linear is not None:
+                plgpu.copy_gmem_to_smem(
+                    ref["raw_q"].at[batch, rows, h], ref["tile_smem"].at[wg], ref["raw_full"].at[wg]
+                )
             q_scale = ref["q_scale"][head, tile * WARPGROUPS + wg] if quantized else None
 
             def scale_of(i):
@@ -230,7 +267,7 @@ def hopper_attention(
                 plgpu.barrier_wait(ref["k_full"].at[bar])
 
                 def run(sums):
-                    plgpu.wgmma(sums, ref["q_smem"].at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)))
+                    plgpu.wgmma(sums, q_smem.at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)))
                     hw.pass_turn(wg, interpret)
                     return sums[...]
 
@@ -288,14 +325,31 @@ def hopper_attention(
             acc = acc * hw.per_row(alpha, acc) + pv
             hw.last_turn(wg, interpret)
 
+            def linear_branch():
+                """Its products and the output go where the queries were: nothing reads them any more."""
+                tile = ref["tile_smem"].at[wg]
+                if quantized:
+                    plgpu.barrier_wait(ref["raw_full"].at[wg])
+                f = FEATURE_MAPS[linear.feature_map](plgpu.load(tile, layout=hw.TILE).astype(jnp.float32))
+                f = f.astype(dtype).astype(jnp.float32)
+                f_sum = plgpu.load(ref["f_sum"].at[head], layout=hw.PER_COLUMN, optimized=False)
+                norm = (f * hw.per_column(f_sum, f)).sum(axis=1) + DENOMINATOR_EPS
+                operand = hw.to_16bit(f, dtype, tile if interpret else None)
+                plgpu.barrier_wait(ref["combined_full"])
+                product = hw.product(operand, ref["combined_smem"], (hw.ROWS, dim))
+                bias = plgpu.load(ref["bias"], layout=hw.PER_COLUMN, optimized=False)
+                return product * hw.per_row(1.0 / norm, product) + hw.per_column(bias, product)
+
             acc = acc * hw.per_row(1.0 / total, acc)
             if quantized:
                 v_scale = plgpu.load(ref["v_scale"].at[head], layout=hw.PER_COLUMN, optimized=False)
                 acc = acc * hw.per_column(v_scale, acc)
-            ref["o_smem"].at[wg][...] = acc.astype(dtype)
+            if linear is not None:
+                acc = acc + linear_branch()
+            ref["tile_smem"].at[wg][...] = acc.astype(dtype)
             ref["lse_smem"].at[wg][...] = m + jnp.log2(total) - offset
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(ref["o_smem"].at[wg], ref["out"].at[batch, pl.ds(first, hw.ROWS), h])
+            plgpu.copy_smem_to_gmem(ref["tile_smem"].at[wg], ref["out"].at[batch, pl.ds(first, hw.ROWS), h])
             plgpu.copy_smem_to_gmem(ref["lse_smem"].at[wg], ref["lse"].at[head, pl.ds(first, hw.ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
@@ -314,14 +368,15 @@ def hopper_attention(
                         pl.when(warp == ring)(functools.partial(produce, ring))
 
     inputs = {"q": q, "q_scale": q_scale, "k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale, "index": index}
+    if linear is not None:
+        inputs |= {"raw_q": linear.q, "combined": linear.combined, "f_sum": linear.f_sum, "bias": linear.bias}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     slots = rings * stages
     arrivals = WARPGROUPS // rings
     scratch = {
-        "q_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), q.dtype),
         "k_smem": plgpu.SMEM((rings, stages, bk, dim), k.dtype),
         "v_smem": plgpu.SMEM((rings, stages, *((dim, bk) if quantized else (bk, dim))), v.dtype),
-        "o_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), dtype),
+        "tile_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), dtype),
         "lse_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
         "k_full": plgpu.Barrier(num_barriers=slots),
@@ -329,6 +384,13 @@ def hopper_attention(
         "k_empty": plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots),
         "v_empty": plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots),
     }
+    if quantized:
+        scratch["q_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), q.dtype)
+    if linear is not None:
+        scratch["combined_smem"] = plgpu.SMEM((dim, dim), dtype)
+        scratch["combined_full"] = plgpu.Barrier()
+        if quantized:
+            scratch["raw_full"] = plgpu.Barrier(num_barriers=WARPGROUPS)
     if interpret:
         scratch["p_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, bk), v.dtype)
     names = [*inputs, "out", "lse", *scratch]

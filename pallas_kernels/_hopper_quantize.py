@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _hopper as hw
-from pallas_kernels._quantize_qkv import E4M3_MAX, hadamard, rotate
+from pallas_kernels._quantize_qkv import E4M3_MAX, hadamard
 
 RUN = 8
 """Tiles that a block takes in turn, so that its constant matrix is loaded once for them."""
@@ -184,6 +184,6 @@ def value_scales(v: jax.Array) -> jax.Array:
     return jnp.where(amax > 0, amax / E4M3_MAX, 1.0)
 
 
-def rotated_mean(k: jax.Array, length: int) -> jax.Array:
-    """float32 [b * h, d]: mean of the first `length` keys (the others are zeros), rotated."""
-    return rotate(jnp.sum(k, axis=1, dtype=jnp.float32).reshape(-1, k.shape[-1]) / length)
+def mean_key(k: jax.Array) -> jax.Array:
+    """float32 [b * h, d]"""
+    return jnp.mean(k, axis=1, dtype=jnp.float32).reshape(-1, k.shape[-1])

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
@@ -24,11 +25,29 @@ def num_selected(num_key_blocks: int, topk: float) -> int:
 def block_means(x: Float[Array, "b l h d"], block: int) -> Float[Array, "b h n d"]:
     """Mean of each block of `block` rows, float32; the ragged last block is divided by its own count."""
     b, length, h, d = x.shape
-    blocks = -(-length // block)
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
-    total = jnp.sum(x.reshape(b, blocks, block, h, d), axis=2)
-    count = jnp.minimum(block, length - block * jnp.arange(blocks)).astype(jnp.float32)
-    return jnp.swapaxes(total / count[:, None, None], 1, 2)
+    whole = length // block * block
+    # Cut, not padded: padding would write a float32 copy first.
+    means = jnp.mean(x[:, :whole].reshape(b, -1, block, h, d), axis=2, dtype=jnp.float32)
+    if whole < length:
+        end = jnp.mean(x[:, whole:], axis=1, keepdims=True, dtype=jnp.float32)
+        means = jnp.concatenate([means, end], axis=1)
+    return jnp.swapaxes(means, 1, 2)
+
+
+def block_counts(length: int, block: int) -> np.ndarray:
+    """float32 [blocks]: rows in each block."""
+    return np.minimum(block, length - block * np.arange(-(-length // block))).astype(np.float32)
+
+
+def choose_blocks(
+    pooled_q: Float[Array, "b h nq d"], pooled_k: Float[Array, "b h nk d"], length: int, topk: float, block_k: int
+) -> Int32[Array, "b h nq s"]:
+    """The key blocks with the largest scores of these means, of `length` keys in blocks of block_k: `sla_block_map`."""
+    count = block_counts(length, block_k)[:, None]
+    centred = pooled_k - jnp.sum(pooled_k * count, axis=2, keepdims=True) / length
+    # HIGHEST: a GPU would otherwise round the float32 operands to TF32, as coarse as float16.
+    scores = jnp.einsum("bhid,bhjd->bhij", pooled_q, centred, precision=lax.Precision.HIGHEST)
+    return lax.top_k(scores, num_selected(len(count), topk))[1].astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "block_q", "block_k"))
@@ -53,10 +72,4 @@ def sla_block_map(
     if block_q < 1 or block_k < 1:
         raise ValueError(f"block_q {block_q} and block_k {block_k} must be positive")
     q, k = lax.stop_gradient(q), lax.stop_gradient(k)
-    selected = num_selected(-(-k.shape[1] // block_k), topk)
-    pooled_q = block_means(q, block_q)
-    mean_k = jnp.mean(k.astype(jnp.float32), axis=1)
-    pooled_k = block_means(k, block_k) - mean_k[:, :, None]
-    # HIGHEST: a GPU would otherwise round the float32 operands to TF32, as coarse as float16.
-    scores = jnp.einsum("bhid,bhjd->bhij", pooled_q, pooled_k, precision=lax.Precision.HIGHEST)
-    return lax.top_k(scores, selected)[1].astype(jnp.int32)
+    return choose_blocks(block_means(q, block_q), block_means(k, block_k), k.shape[1], topk, block_k)

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._attention_xla import compute_dtype
-from pallas_kernels._heads import heads_first, heads_last
+from pallas_kernels._attention_kernels import HOPPER
+from pallas_kernels._attention_xla import compute_dtype, default_scale
+from pallas_kernels._derivatives import forward_only
+from pallas_kernels._heads import check_qkv, heads_first, heads_last
+from pallas_kernels._refusals import attention_refusal
 from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.dispatch import dispatch, gpu_arch
 
 FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "softmax": lambda x: jax.nn.softmax(x, axis=-1),
@@ -30,8 +35,6 @@ def linear_attention(
     q: Float[Array, "b lq h d"], k: Float[Array, "b lk h d"], v: Float[Array, "b lk h d"], feature_map: str
 ) -> Float[Array, "b lq h d"]:
     """f(q) (f(k)^T v) / (1e-5 + f(q) . sum f(k)) over all keys, accumulated in float32; in q's dtype."""
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map {feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
     shape, dtype, wide = q.shape, q.dtype, compute_dtype(q.dtype)
     features = FEATURE_MAPS[feature_map]
     q, k, v = map(heads_first, (q, k, v))
@@ -76,7 +79,7 @@ def sparse_linear_attention(
         quantized: INT8 scores and FP8 values in the sparse branch (SageSLA); no derivative.
         feature_map: "softmax" (over head_dim), "elu" (elu + 1) or "relu".
         scale: factor on the sparse branch's scores; None is 1 / sqrt(head_dim).
-        implementation: of the sparse branch: None, "xla", "mosaic_gpu" or "interpret".
+        implementation: None, "xla", "mosaic_gpu" or "interpret".
 
     Raises:
         ValueError: shapes or options that do not fit, or an implementation that cannot run, with the reason.
@@ -88,19 +91,43 @@ def sparse_linear_attention(
             f"sparse_linear_attention: proj_w {proj_w.shape} and proj_b {proj_b.shape} must be "
             f"({dim}, {dim}) and ({dim},) for head_dim {dim}"
         )
-    block_index = sla_block_map(q, k, topk=topk, block_q=block_q, block_k=block_k)
-    sparse = block_sparse_attention(
-        q,
-        k,
-        v,
-        block_index,
-        block_q=block_q,
-        block_k=block_k,
-        quantized=quantized,
-        scale=scale,
-        implementation=implementation,
-    )
-    linear = linear_attention(q, k, v, feature_map)
-    wide = compute_dtype(q.dtype)
-    projected = jnp.einsum("blhd,ed->blhe", linear, proj_w.astype(q.dtype), preferred_element_type=wide)
-    return (sparse.astype(wide) + projected + proj_b.astype(wide)).astype(q.dtype)
+    name = "sparse_linear_attention"
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map {feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
+    check_qkv(name, q, k, v)
+    scale = default_scale(dim) if scale is None else scale
+    sizes: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
+
+    def branches(q, k, v, proj_w, proj_b, implementation):
+        """Each branch by itself, and their sum."""
+        block_index = sla_block_map(q, k, topk=topk, **sizes)
+        sparse = block_sparse_attention(
+            q, k, v, block_index, quantized=quantized, scale=scale, implementation=implementation, **sizes
+        )
+        linear = linear_attention(q, k, v, feature_map)
+        wide = compute_dtype(q.dtype)
+        projected = jnp.einsum("blhd,ed->blhe", linear, proj_w.astype(q.dtype), preferred_element_type=wide)
+        return (sparse.astype(wide) + projected + proj_b.astype(wide)).astype(q.dtype)
+
+    def kernel(*args, interpret):
+        apart = functools.partial(branches, implementation=implementation)
+        if gpu_arch() != HOPPER:
+            return apart(*args)
+        from pallas_kernels._hopper_sla import sla_forward  # late: see _plgpu
+
+        options = {"topk": topk, "quantized": quantized, "feature_map": feature_map, "scale": scale}
+        return _differentiated_as(apart, functools.partial(sla_forward, interpret=interpret, **options, **sizes))(*args)
+
+    unsupported = attention_refusal(q, implementation, scale, block_q, block_k)
+    if quantized:
+        q, k, v = forward_only(name, q, k, v)
+    xla = functools.partial(branches, implementation="xla")
+    args = (q, k, v, proj_w, proj_b)
+    return dispatch(name, implementation, args, xla=xla, kernel=kernel, unsupported=unsupported)
+
+
+def _differentiated_as(apart: Callable[..., Array], fused: Callable[..., Array]) -> Callable[..., Array]:
+    """`fused`; under differentiation, in either mode, `apart`, the same function whose parts have derivatives."""
+    op = jax.custom_jvp(lambda *args: fused(*args))
+    op.defjvp(lambda primals, tangents: jax.jvp(apart, primals, tangents))
+    return op

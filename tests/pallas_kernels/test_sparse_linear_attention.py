@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_reference import attention, inputs, relative
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import block_sparse_attention, sla_block_map, sparse_linear_attention
 
@@ -92,3 +93,33 @@ def test_what_does_not_fit_is_named(w, feature_map, message):
     q, k, v = inputs("gaussian", 1, 32, 32, 1, 16)
     with pytest.raises(ValueError, match=message):
         sparse_linear_attention(q, k, v, jnp.zeros(w), jnp.zeros(16), feature_map=feature_map, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("length", "dim", "blocks", "quantized", "feature_map"),
+    [
+        (130, 64, (64, 128), False, "softmax"),
+        pytest.param(200, 128, (128, 64), False, "softmax", marks=pytest.mark.slow),
+        pytest.param(200, 128, (128, 64), True, "softmax", marks=pytest.mark.slow),
+        pytest.param(130, 64, (64, 64), True, "elu", marks=pytest.mark.slow),
+        pytest.param(130, 64, (64, 64), False, "relu", marks=pytest.mark.slow),
+    ],
+)
+def test_the_fused_hopper_kernels_agree_in_the_interpreter(length, dim, blocks, quantized, feature_map):
+    """Both branches in one kernel, on ragged lengths, without races. Bounds: bfloat16 rounds the linear branch once
+    here and three times in XLA's path; quantised, as in test_sage_attention."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs("gaussian", 1, length, length, 1, dim))
+    w, b = (jnp.asarray(x, jnp.bfloat16) for x in projection(dim))
+    op = functools.partial(
+        sparse_linear_attention,
+        topk=0.5,
+        block_q=blocks[0],
+        block_k=blocks[1],
+        quantized=quantized,
+        feature_map=feature_map,
+    )
+    got = jax.block_until_ready(op(q, k, v, w, b, implementation="interpret"))
+    assert not interpret_pallas_call.get_races().races_found
+    want = op(q, k, v, w, b, implementation="xla")
+    assert relative(got, want) <= (3e-2 if quantized else 5e-3)
+    assert relative(op(q, k, v, 0 * w, 0 * b, implementation="xla"), want) > 0.1, "the linear branch does not show"

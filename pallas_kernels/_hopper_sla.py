@@ -1,0 +1,55 @@
+"""Sparse-linear attention on Hopper, forward: both branches and the routing in five passes over q, k, v.
+
+    k, v -> f(k)^T v, sum f(k), sums of k over blocks    `_hopper_linear`
+    q    -> means over blocks                            XLA; scores and top-k of the means are small
+    q, k, v -> INT8, FP8 (quantised only)                `_hopper_quantize`
+    attention over the lists; its epilogue adds f(q) times the product of f(k)^T v and the projection
+
+so that no f(q), f(k) and no output of the linear branch is ever written. Expected on H100 at 32,760 tokens, 12 heads of
+128, top-k 0.1: 0.07 + 0.05 (+ 0.19) ms of memory, 0.08 of top-k, and the attention kernel.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _hopper as hw
+from pallas_kernels._hopper_attention import LinearBranch, attend, sage_operands, sparse_operands, whole_rows
+from pallas_kernels._hopper_linear import BLOCK, summarize_keys
+from pallas_kernels.block_map import block_counts, block_means, choose_blocks
+
+
+def sla_forward(
+    q, k, v, proj_w, proj_b, *, topk, block_q, block_k, quantized, feature_map, scale, interpret
+) -> jax.Array:
+    """o [b, l, h, d] in q's dtype, 16 bits; arguments as of `sparse_linear_attention`."""
+    b, _, h, dim = q.shape
+    length = k.shape[1]
+    products, f_sum, sums = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, interpret=interpret)
+
+    per_block = block_k // BLOCK
+    sums = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % per_block), (0, 0)))
+    sums = sums.reshape(b, h, -1, per_block, dim).sum(axis=3)
+    pooled_k = sums / block_counts(length, block_k)[:, None]
+    index = choose_blocks(block_means(q, block_q), pooled_k, length, topk, block_k)
+
+    combined = jnp.einsum("nde,oe->ndo", products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    linear = LinearBranch(
+        q=whole_rows(q) if quantized else None,
+        combined=combined.astype(q.dtype),
+        f_sum=f_sum,
+        bias=proj_b.astype(jnp.float32),
+        feature_map=feature_map,
+    )
+    sizes = {"block_q": block_q, "block_k": block_k}
+    if quantized:
+        mean_k = sums.sum(axis=2).reshape(b * h, dim) / length
+        operands = sage_operands(
+            q, k, v, index, scale=scale, smooth_k=True, interpret=interpret, mean_k=mean_k, **sizes
+        )
+    else:
+        operands = sparse_operands(q, k, v, index, **sizes)
+    factor = None if quantized else scale * hw.LOG2E
+    return attend(operands, q, k, block_q, block_k, factor, interpret, linear)[0]

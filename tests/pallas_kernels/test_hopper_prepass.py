@@ -1,0 +1,79 @@
+"""The one-pass kernels in front of Hopper's attention give the numbers of their plain definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_reference import inputs
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+from pallas_kernels import _hopper_linear, _hopper_quantize
+from pallas_kernels._heads import heads_first
+from pallas_kernels._quantize_qkv import quantize_query_key, quantize_value, rotate
+from pallas_kernels.sparse_linear_attention import FEATURE_MAPS
+
+LENGTHS = [(136, 64), pytest.param((200, 128), marks=pytest.mark.slow)]
+
+
+def operands(length, dim):
+    arrays = inputs("outliers", 1, length, length, 1, dim)
+    return [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+
+
+@pytest.mark.parametrize("sizes", LENGTHS)
+@pytest.mark.parametrize("block", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_rows_are_rotated_smoothed_and_rounded_alike(sizes, block):
+    """Another order of the float32 sums may move a value over the edge between two integers, never further."""
+    length = sizes[0]
+    q, k, _ = operands(*sizes)
+    rows = -(-length // 128) * 128
+    mean = rotate(_hopper_quantize.mean_key(k))
+    q8, q_scale = _hopper_quantize.quantize_rows(q, None, length, rows, block, interpret=True)
+    k8, k_scale = jax.block_until_ready(_hopper_quantize.quantize_rows(k, mean, length, rows, block, interpret=True))
+    assert not interpret_pallas_call.get_races().races_found
+    want = quantize_query_key(heads_first(q), heads_first(k), block, block)
+    for got, scale, x8, x_scale in ((q8, q_scale, *want[:2]), (k8, k_scale, *want[2:])):
+        padded = x8.shape[1]
+        np.testing.assert_allclose(scale[:, : padded // block], x_scale, rtol=1e-6)
+        apart = np.abs(np.asarray(got[:, :padded], int) - np.asarray(x8, int))
+        assert apart.max() <= 1
+        assert apart.mean() <= 1e-3
+        assert not np.any(got[:, length:]), "rows past the end are zeros"
+
+
+@pytest.mark.parametrize("sizes", LENGTHS)
+def test_values_are_transposed_in_the_order_of_the_operand(sizes):
+    length, dim = sizes
+    v = operands(*sizes)[2]
+    rows = -(-length // 128) * 128
+    scale = _hopper_quantize.value_scales(v)
+    got = jax.block_until_ready(_hopper_quantize.quantize_values(v, 1.0 / scale, rows, interpret=True))
+    assert not interpret_pallas_call.get_races().races_found
+    v8, v_scale = quantize_value(heads_first(v))
+    np.testing.assert_allclose(scale, v_scale, rtol=1e-6)
+    want = np.zeros((1, rows, dim), np.float32)
+    want[:, :length] = v8.astype(jnp.float32)
+    # Columns of each 16 in FP8_ORDER: halves and pairs change places.
+    want = want.reshape(1, -1, 2, 4, 2, dim).transpose(0, 5, 1, 3, 2, 4).reshape(1, dim, rows)
+    # A product by the reciprocal may round to the neighbour: a sixteenth in e4m3.
+    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=1 / 8, atol=2.0**-9)
+
+
+@pytest.mark.parametrize(
+    "feature_map", ["softmax", *(pytest.param(f, marks=pytest.mark.slow) for f in ("elu", "relu"))]
+)
+def test_the_sums_over_the_keys(feature_map):
+    """float32 sums of products of bfloat16: exact to the order of summation."""
+    length, dim = 200, 64
+    _, k, v = operands(length, dim)
+    found = _hopper_linear.summarize_keys(k, v, length, feature_map, interpret=True)
+    products, f_sum, k_sums = jax.block_until_ready(found)
+    assert not interpret_pallas_call.get_races().races_found
+    k, v = (heads_first(x).astype(jnp.float32) for x in (k, v))
+    f = np.asarray(FEATURE_MAPS[feature_map](k).astype(jnp.bfloat16), np.float64)
+    # exp2 in place of exp may round f to the neighbouring bfloat16.
+    np.testing.assert_allclose(products, np.einsum("nld,nle->nde", f, v), rtol=1e-2, atol=1e-2 * np.abs(v).max())
+    np.testing.assert_allclose(f_sum, f.sum(axis=1), rtol=1e-2)
+    padded = np.pad(k, ((0, 0), (0, -length % _hopper_linear.BLOCK), (0, 0)))
+    want = padded.reshape(1, -1, _hopper_linear.BLOCK, dim).sum(axis=2)
+    np.testing.assert_allclose(k_sums, want, rtol=1e-5, atol=1e-4)
