@@ -71,7 +71,7 @@ _FLAGS: Mapping[str, Mapping[str, Flag]] = {
         "loss": Flag("loss", str, "(white_box)", ("white_box", "black_box")),
         "trained": Flag("trained", str, "what moves (all)", ("all", "attention", "proj_l")),
         "guidance": Flag("guidance", float, "of the teacher that white_box follows (1)"),
-        "learning-rate": Flag("optimizer.learning_rate", float, "(6e-4)"),
+        "learning-rate": Flag("optimizer.learning_rate", float, "(4e-4)"),
     },
     "rcm": {
         **_STUDENT,

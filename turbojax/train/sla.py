@@ -27,7 +27,7 @@ from turbojax.train.trigflow import Latents, LogNormal, Times, rf_time
 Trained = Literal["all", "attention", "proj_l"]
 
 # The published distribution of noise levels, and a rate that suits a network of a million parameters.
-TIMES, ADAM = LogNormal(1.5, 1.6), AdamConfig(6e-4, b2=0.99, warmup=30, hold=0.3)
+TIMES, ADAM = LogNormal(1.5, 1.6), AdamConfig(4e-4, b2=0.99, warmup=30, hold=0.3)
 
 
 def white_box_losses(

@@ -32,8 +32,8 @@ from turbojax.train.teacher import SHIPPED_TOKENIZER, TEXT_ENCODER, Captions
 # NumPy where a batch is made, traced inside the step that takes it.
 HostArray = Any
 
-# 320 tokens of the small model: 10 query blocks (half a frame each), 20 key blocks (two rows each), 5 of them kept.
-SLA = AttentionConfig(kind="sla", topk=0.25, block_q=32, block_k=16)
+# 320 tokens of the small model: 20 query blocks (a quarter of a frame each), 40 key blocks (a row each), 10 kept.
+SLA = AttentionConfig(kind="sla", topk=0.25, block_q=16, block_k=8)
 
 
 @dataclass(frozen=True)
