@@ -208,7 +208,7 @@ def report(out: Any, rows: Sequence[Row], args: Any) -> None:
         axes[0].barh(places - 0.27 * (i - 1), values, 0.25, label=data, color=COLOURS[i])
     axes[0].set(title="relative L1 of the attention output, %", xscale="log")
     axes[0].set_yticks(places, args.variants)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
     shown = args.variants[min(1, len(args.variants) - 1)]
     values = [[100 * mean("l1", variant=shown, data=DATA[0], layer=n, s=s) for s in levels] for n in layers]
     names = [f"{s:.3g}" for s in levels]

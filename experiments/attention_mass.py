@@ -147,8 +147,8 @@ def report(out: Any, rows: Sequence[Row], blocks: Sequence[str], args: Any) -> N
             label = name if field == "routed" else None
             axes[0].plot(np.array(kept)[order], np.array(values)[order], line, color=f"C{i}", label=label, markersize=3)
     axes[0].plot([0, 0.5], [0, 50], ":", color="grey", linewidth=1)
-    axes[0].set(title="mass held: routed (line), best (dashes), random (dots)", xlabel="share kept", ylabel="%")
-    axes[0].legend(fontsize=7, title="blocks, queries x keys", title_fontsize=7)
+    axes[0].set(title="mass held: routed (line), best (dashes)", xlabel="share of the key blocks kept", ylabel="%")
+    axes[0].legend(frameon=False, fontsize=7, title="blocks, queries x keys", title_fontsize=7)
     share = args.topk[len(args.topk) // 2]
     for axis, field, title in ((axes[1], "routed", "routed mass, %"), (axes[2], "gap", "best minus routed, %")):
         heads = len(rows[0]["routed"])

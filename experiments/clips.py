@@ -28,7 +28,7 @@ from turbojax.video import contact_sheet
 Frames = UInt8[np.ndarray, "T H W 3"]
 # Prompts and seeds of a batch -> a clip of each, and the seconds a clip in the DiT and in the VAE.
 Maker = Callable[[Sequence[tuple[str, int]]], tuple[Sequence[Frames], float, float]]
-TITLE = "the same clips in every row, four frames each"
+TITLE = "the same two clips in every row, four frames each"
 
 
 class Clips:
@@ -88,7 +88,7 @@ class Clips:
         self.results.add(rows)
         return rows
 
-    def sheet(self, cells: Mapping[tuple[str, str], Mapping[str, Any]], title: str = TITLE, width: float = 4.0) -> None:
+    def sheet(self, cells: Mapping[tuple[str, str], Mapping[str, Any]], title: str = TITLE) -> None:
         """Write clips.png: four frames each of the first clips of every cell, by (row, column) label.
 
         Leaves the file alone if a cell's clips are not there, as in a clone, where only the rows came along.
@@ -99,7 +99,7 @@ class Clips:
                 return
             with Image.open(self._path(cell, "png")) as image:
                 strips[label] = np.asarray(image.convert("RGB"))
-        sheet(self.out / "clips.png", strips, title, width)
+        sheet(self.out / "clips.png", strips, title)
 
     def _make(self, make: Maker, name: str) -> Iterator[tuple[Frames, float, float]]:
         requests = [(evaluate.prompt_of(c), seed) for c, seed in self.wanted]

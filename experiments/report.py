@@ -17,7 +17,7 @@ from cycler import cycler
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from turbojax.train import evaluate
 
@@ -29,7 +29,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=COLOURS),
-    "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
 
@@ -98,21 +97,26 @@ def heat_map(
             axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def sheet(
-    path: Path, strips: Mapping[tuple[str, str], UInt8[np.ndarray, "h w 3"]], title: str, width: float = 2.0
-) -> None:
-    """Strips of frames by (row, column) label, side by side: the same clip under every setting."""
+def sheet(path: Path, strips: Mapping[tuple[str, str], UInt8[np.ndarray, "h w 3"]], title: str) -> None:
+    """Strips of frames, all of one size, by (row, column) label: the same clips under every setting, at half size."""
     rows, columns = list(dict.fromkeys(r for r, _ in strips)), list(dict.fromkeys(c for _, c in strips))
-    h, w = next(iter(strips.values())).shape[:2]
-    fig, axes = figure(len(rows), len(columns), width, width * h / w + 0.12)
+    h, w = (n // 2 for n in next(iter(strips.values())).shape[:2])
+    font, gap = ImageFont.load_default(12), 8
+    left = gap + max(round(font.getlength(row)) for row in rows) + gap
+    top = 24 + (18 if any(columns) else 0)
+    width = max(left + len(columns) * (w + gap), round(font.getlength(title)) + 2 * gap)
+    page = Image.new("RGB", (width, top + len(rows) * (h + gap)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, 5), title, "black", font)
+    for j, column in enumerate(columns):
+        draw.text((left + j * (w + gap), 24), column, "black", font)
     for i, row in enumerate(rows):
+        y = top + i * (h + gap)
+        draw.text((gap, y + h // 2), row, "black", font, anchor="lm")
         for j, column in enumerate(columns):
-            axes[i, j].axis("off")
             if (row, column) in strips:
-                axes[i, j].imshow(strips[row, column], interpolation="lanczos")
-            if i == 0:
-                axes[i, j].set_title(column, fontsize=8)
-            if j == 0:
-                axes[i, j].text(-0.03, 0.5, row, transform=axes[i, j].transAxes, ha="right", va="center", fontsize=8)
-    fig.suptitle(title, fontsize=10)
-    save(fig, path)
+                strip = Image.fromarray(strips[row, column]).resize((w, h), Image.Resampling.LANCZOS)
+                page.paste(strip, (left + j * (w + gap), y))
+    partial = path.with_name("." + path.name)
+    page.quantize(256).save(partial, format="png", optimize=True)
+    os.replace(partial, path)

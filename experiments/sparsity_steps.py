@@ -103,7 +103,7 @@ def report(clips: Clips, grid: dict[tuple[int, float], list[Row]], attention: An
         pareto(axes[0, -1], grid, steps, topk)
     save(fig, clips.out / "grid.png")
     cells = {(f"{n} steps", f"top-k {share:g}"): cell(attention, n, share) for n in steps for share in topk}
-    clips.sheet(cells, "the same two clips in every cell, four frames each", 2.0)
+    clips.sheet(cells, "the same two clips in every cell, four frames each")
 
 
 def pareto(axes: Any, grid: dict[tuple[int, float], list[Row]], steps: Sequence[int], topk: Sequence[float]) -> None:
@@ -118,7 +118,7 @@ def pareto(axes: Any, grid: dict[tuple[int, float], list[Row]], steps: Sequence[
             front.append((time, fit))
     axes.step(*zip(*front, strict=True), where="post", color="black", linewidth=0.8, linestyle=":", label="front")
     axes.set(title="Pareto front", xlabel="DiT seconds a clip", ylabel="fit, dB")
-    axes.legend(fontsize=7)
+    axes.legend(frameon=False, fontsize=7)
 
 
 if __name__ == "__main__":
