@@ -72,23 +72,29 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="all of them, unless named")
     parser.add_argument("--missing", action="store_true", help="only the cases that have no budget yet")
     options = parser.parse_args(argv)
-    budgets = table() if FILE.exists() else {}
     wrong = []
     for target in options.targets or TARGETS:
         wanted = {source: cases_of(source, target) for source in SOURCES}
-        known = budgets.get(target, {})
-        # In the order of the cases, without those that are gone.
-        budgets[target] = {name: known[name] for names in wanted.values() for name in names if name in known}
+        known = _record(target, {}, [name for names in wanted.values() for name in names])
         for source, names in wanted.items():
             left = [name for name in names if not (options.missing and name in known)]
-            for part in batched(left, CASES_A_PROCESS, strict=False):
+            for part in batched(left, CASES_A_PROCESS):
                 reports = compile_cases(target, source, part)
                 wrong += [fault for report in reports for fault in faults(report)]
-                budgets[target] |= costs(reports)
-                _write(budgets)
+                _record(target, costs(reports), [name for names in wanted.values() for name in names])
                 print(f"{target}: {len(part)} cases, {sum(report.seconds for report in reports):.0f} s", flush=True)
     print("\n".join(wrong) or f"wrote {FILE}: no faults")
     return int(bool(wrong))
+
+
+def _record(target: str, found: Costs, cases: Sequence[str]) -> Costs:
+    """Puts `found` into the table, which another target's run may have changed meanwhile; what is left of the target,
+    in the order of `cases`, without those that are gone."""
+    budgets = table() if FILE.exists() else {}
+    known = budgets.get(target, {}) | found
+    budgets[target] = {name: known[name] for name in cases if name in known}
+    _write({name: budgets[name] for name in TARGETS if name in budgets})
+    return budgets[target]
 
 
 def cases_of(source: str, target: str) -> list[str]:
