@@ -77,13 +77,15 @@ def exported(component: Component, format: Naming, source: str | Path = "compone
         raise CheckpointError(
             f"{source}: {format} has no name for {error.args[0]}, which SLA needs; use --format wan"
         ) from error
-    return {entry.source: _leaf(component.leaves[entry.target], entry, patch) for entry in table}
+    # SLA and int8 weights are TurboDiffusion's, whose patch embedding is a Linear where Wan's is a Conv3d.
+    turbo = bool(layout) or (isinstance(config, DiTConfig) and config.linear_branch)
+    return {entry.source: _leaf(component.leaves[entry.target], entry, patch, turbo) for entry in table}
 
 
-def _leaf(leaf: Leaf, entry: Entry, patch: Shape) -> Leaf:
+def _leaf(leaf: Leaf, entry: Entry, patch: Shape, turbo: bool) -> Leaf:
     transform = TRANSFORMS[entry.transform]
     here = leaf.shape if entry.layer is None else leaf.shape[1:]
-    shape = transform.source_shapes(here, patch)[0]
+    shape = transform.source_shapes(here, patch)[-1 if turbo and entry.transform == "patch" else 0]
     if entry.layer is None and entry.transform == "same":
         return leaf  # as it is, and in chunks
 
