@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from turbojax.errors import UserError
+from turbojax.pipeline_config import find_pipeline
 
 _OPTIONS: Mapping[str, type] = {
     "steps": int, "sampler": str, "attention": str, "topk": float, "quant": str, "guidance": float,
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     flags = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     subjects = [subject(text, flags) for text in args.model or ["tiny"]]
+    if any(find_pipeline(who.model).spec.takes_image for who in subjects):
+        return _run_pictures(args, subjects)
     reference = None
     if args.reference != "none":
         wanted = subject(args.reference, {})
@@ -96,6 +99,18 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(row), file=log, flush=True)
     os.replace(args.out / "results.jsonl.partial", args.out / "results.jsonl")
     write(args.out, every, reference)
+    return 0
+
+
+def _run_pictures(args: argparse.Namespace, subjects: Sequence[Subject]) -> int:
+    """Image to video: freshly drawn pictures, as many pairs of picture and prompt as there would be clips."""
+    from turbojax.train.data import COMBINATIONS
+    from turbojax.train.i2v_evaluate import measure
+
+    if len(subjects) > 1 or args.prompts:
+        raise UserError("a model that takes a picture is measured alone, on prompts that fit its pictures")
+    (who,) = subjects
+    print(json.dumps(measure(who.model, args.out, len(COMBINATIONS) * args.seeds, 0, who.options), indent=2))
     return 0
 
 
