@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._quantize_qkv import E4M3_MAX, quantize_query_key, quantize_value
+from pallas_kernels.dispatch import has_cuda
 
 MIN_ROWS = 32
 """Fewest query rows in a chunk of dense attention: below it each chunk re-reads K and V for too little work."""
@@ -29,7 +30,7 @@ def chunk_bytes() -> int:
     A CPU is fastest when they stay in its second-level cache (measured at 8,192 tokens: 4 MiB is 1.5 to 3 times
     faster than 128 MiB); a GPU wants enough work in each launch.
     """
-    return 4 * 2**20 if jax.default_backend() == "cpu" else 256 * 2**20
+    return 4 * 2**20 if jax.default_backend() == "cpu" and not has_cuda() else 256 * 2**20
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -77,7 +77,7 @@ def dispatch(
             return xla(*args)
         return jax.lax.platform_dependent(*args, cuda=lambda *a: kernel(*a, interpret=False), default=xla)
     reason = unsupported
-    if implementation == "mosaic_gpu" and not reason and not _has_cuda():
+    if implementation == "mosaic_gpu" and not reason and not has_cuda():
         reason = f"this process has {jax.default_backend()} devices only and compiles for no GPU"
     if reason or kernel is None:
         raise NotImplementedError(
@@ -92,5 +92,6 @@ def _mosaic() -> Any:
     return utils
 
 
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
+    """Whether this process runs on, or compiles for, an NVIDIA GPU."""
     return _target_arch.get() is not None or jax.default_backend() in ("gpu", "cuda")

@@ -16,6 +16,10 @@ Needs the aot extra and no GPU; takes a minute or so. Weights are counted in the
 example: turbojax plan --model wan2.1-t2v-14b --size 1280x720 --device rtx5090 --quant w8a8
 """
 
+_NOTE = (
+    "Not counted: workspace of cuDNN and cuBLAS. Dense attention, of the text too, is planned as XLA's, not cuDNN's."
+)
+
 
 def add_arguments(subparsers: Any) -> None:
     from turbojax.cli_generate import _numbers, _size
@@ -74,4 +78,4 @@ def table(found: Plan) -> str:
     ]
     lines = [f"{name:14}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in (columns, *rows)]
     total = f"all weights on the card, programs one after the other: {gib(found.resident)}"
-    return "\n".join([head, *lines, total, found.verdict(), *(f"  - {line}" for line in found.advice())])
+    return "\n".join([head, *lines, total, found.verdict(), *(f"  - {line}" for line in found.advice()), _NOTE])
