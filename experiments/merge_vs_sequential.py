@@ -86,7 +86,7 @@ def pipeline(args: argparse.Namespace, arm: str, dit: Path) -> Path:
     """A pipeline folder that samples the arm's transformer in four steps without guidance."""
     found = find_pipeline(args.model)
     attention = DENSE if arm == "dense" else SPARSE
-    parts = {name: str(path.absolute()) for name, path in (found.paths | {"dit": dit}).items()}
+    parts = {name: str(path.absolute()) for name, path in ({**found.paths, "dit": dit}).items()}
     config = dataclasses.replace(
         found.spec.config, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), attention=attention.kind,
         topk=attention.topk, block_q=attention.block_q, block_k=attention.block_k, parts=parts,

@@ -111,6 +111,7 @@ def test_flags_override_set_which_overrides_the_file(tmp_path, monkeypatch):
         (["sla", "--set", "steps"], "NAME=VALUE"),
         (["sla", "--config", "tiny-sla"], "needs --teacher"),
         (["rcm", "--teacher", "x", "--shards", "*.tar"], "needs --negative"),
+        (["rcm", "--teacher", "x", "--pca", "y", "--out", "z"], "--teacher x: no such file or folder"),
     ],
 )
 def test_mistakes_of_the_command_are_told_before_anything_starts(arguments, told, capsys):

@@ -30,6 +30,7 @@ def test_batch_that_does_not_divide_is_refused():
         gradient(loss, {"w": jnp.float32(1)}, jnp.ones((4, 2)), jax.random.key(0), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["blocks", "keep_linear"])
 def test_recomputing_gives_the_same_gradient(remat):
     def gradients(stage):

@@ -76,6 +76,10 @@ def _begin(run: RunConfig, config: Any, needed: tuple[str, ...]) -> Path:
     for name in (*needed, "out"):
         if getattr(run, name) is None:
             raise UserError(f"this run needs --{name} (or {name!r} in its --config)")
+    for name in ("teacher", "start", "pca", "negative", "tokenizer"):
+        path = getattr(run, name, None)
+        if path is not None and not path.exists():
+            raise UserError(f"--{name} {path}: no such file or folder")
     assert run.out is not None
     kept = {name: value for name, value in plain(run).items() if name not in HOW and not name.startswith("sheet_")}
     remember(run.out / "run.json", _flat(kept | plain(config)))
