@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _plgpu as plgpu
+from pallas_kernels._portable_mma import mma
 from pallas_kernels.int8_epilogue import epilogue
 from pallas_kernels.rounding import BLOCK
 
@@ -141,7 +142,7 @@ def _whole_tiles(
             b = plgpu.load(
                 ref["w_smem"].at[slot].transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8, m_warps=M_WARPS)
             )
-            return _mma(total, a, b, interpret)
+            return mma(total, a, b, interpret)
 
         def zeros(dtype):
             return plgpu.layout_cast(jnp.zeros((TILE_M, tile_n), dtype), accumulator)
@@ -201,10 +202,3 @@ def _whole_tiles(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(*operands.values())
-
-
-def _mma(total, a, b, interpret):
-    """The interpreter has no mma.sync: there, and only there, the product is XLA's."""
-    if interpret:
-        return total + lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    return plgpu.mma(total, a, b)

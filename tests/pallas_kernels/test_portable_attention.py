@@ -1,6 +1,7 @@
 """The attention of GPUs other than Hopper: exact up to its number formats, and the same kernel in the interpreter."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,11 @@ def attend(kind, q, k, v, index, blocks):
 )
 def test_agrees_in_the_interpreter(kind, batch, lq, lk, dim, blocks, count):
     """Ragged ends, batches, lists for 128 rows, blocks of two steps, dense (count None): no races."""
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs("outliers", batch, lq, lk, 2 if dim == 64 else 1, dim))
-    index = None if count is None else jnp.asarray(random_blocks(batch, lq, lk, q.shape[2], *blocks, count))
+    heads = 2 if dim == 64 else 1
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs("outliers", batch, lq, lk, heads, dim))
+    index = None
+    if count is not None:
+        index = jnp.asarray(random_blocks(batch, lq, lk, heads, blocks[0], blocks[1], count))
     got, lse = jax.block_until_ready(attend(kind, q, k, v, index, blocks))
     assert not interpret_pallas_call.get_races().races_found
     want, _ = attention(q, k, v, index, *blocks)
@@ -118,11 +122,11 @@ def test_the_gpu_decides(monkeypatch, arch, reason, op):
     for name in ("sage_forward", "sparse_forward"):
         monkeypatch.setattr(portable, name, forward)
     if op == "sage":
-        run = functools.partial(sage_attention.__wrapped__, q, q, q, implementation="mosaic_gpu")
+        run = functools.partial(inspect.unwrap(sage_attention), q, q, q, implementation="mosaic_gpu")
     else:
         index = jnp.zeros((1, 1, 1, 1), jnp.int32)
         run = functools.partial(
-            block_sparse_attention.__wrapped__, q, q, q, index, block_q=64, block_k=64, implementation="mosaic_gpu"
+            inspect.unwrap(block_sparse_attention), q, q, q, index, block_q=64, block_k=64, implementation="mosaic_gpu"
         )
     with compiling_for(arch):
         if reason is None:
