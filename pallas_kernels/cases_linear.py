@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.aot import Case
+from pallas_kernels.aot import TARGETS, Case
 from pallas_kernels.int8_linear import int8_linear
 from pallas_kernels.norm_modulate_quantize import norm_modulate_quantize
 from pallas_kernels.quantize import quantize_blockwise, quantize_per_token
@@ -16,6 +16,8 @@ from pallas_kernels.rounding import BLOCK
 
 # Tokens of 81 frames, width, feed-forward width, heads: the 1.3B model at 480p, the 14B model at 720p.
 MODELS = {"1.3b": (32760, 1536, 8960, 12), "14b": (75600, 5120, 13824, 40)}
+# The portable kernels' tiles do not depend on the matrices: one model shows what each GPU but Hopper makes of them.
+TARGETS_OF = {"1.3b": ("h100",), "14b": tuple(TARGETS)}
 
 Shape = jax.ShapeDtypeStruct
 
@@ -59,7 +61,9 @@ def _products():
                 args = [Shape((tokens, k), jnp.int8), Shape((n, k), jnp.int8), *scales, Shape((n,), jnp.bfloat16)]
                 if not up:
                     args += [Shape((tokens, n), jnp.bfloat16), Shape((n,), jnp.float32)]
-                yield Case(f"int8_linear_{granularity}_{model}_{k}_{n}", partial(_product, gelu=up), args)
+                yield Case(
+                    f"int8_linear_{granularity}_{model}_{k}_{n}", partial(_product, gelu=up), args, TARGETS_OF[model]
+                )
 
 
 def _quantisers():
@@ -67,11 +71,12 @@ def _quantisers():
         for columns in (width, hidden):
             x = Shape((tokens, columns), jnp.bfloat16)
             for quantize, kind in ((quantize_per_token, "rows"), (quantize_blockwise, "tiles")):
-                yield Case(f"quantize_{kind}_{model}_{columns}", partial(quantize, implementation="mosaic_gpu"), [x])
+                fn = partial(quantize, implementation="mosaic_gpu")
+                yield Case(f"quantize_{kind}_{model}_{columns}", fn, [x], TARGETS_OF[model])
         args = [Shape((1, tokens, width), jnp.bfloat16), *[Shape((1, 1, width), jnp.float32)] * 2]
         for granularity in ("token", "block"):
             fn = partial(norm_modulate_quantize, granularity=granularity, implementation="mosaic_gpu")
-            yield Case(f"norm_modulate_quantize_{granularity}_{model}_{width}", fn, args)
+            yield Case(f"norm_modulate_quantize_{granularity}_{model}_{width}", fn, args, TARGETS_OF[model])
 
 
 def _rotations():
@@ -79,7 +84,7 @@ def _rotations():
         angles = Shape((tokens, 64), jnp.float32)
         args = [Shape((1, tokens, heads, 128), jnp.bfloat16), Shape((width,), jnp.float32), angles, angles]
         fn = partial(rms_norm_rope, implementation="mosaic_gpu")
-        yield Case(f"rms_norm_rope_{model}_{heads}_heads", fn, args)
+        yield Case(f"rms_norm_rope_{model}_{heads}_heads", fn, args, TARGETS_OF[model])
 
 
 def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None, *, gelu, implementation="mosaic_gpu"):
