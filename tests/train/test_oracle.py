@@ -47,6 +47,13 @@ def test_nothing_is_read_from_an_empty_clip():
     assert (seen.colour, seen.shape, seen.motion) == ("none", "none", "none")
 
 
+def test_a_frame_without_the_shape_is_read_without_a_warning():
+    scene = data.clips(5, 1, [("red", "square", "right")])[0]
+    video = data.render(scene)
+    video[8] = scene.background
+    assert read(video).colour == "red"
+
+
 def test_a_still_clip_does_not_move():
     video = data.render(SCENES[0])
     assert read(np.repeat(video[:1], 17, axis=0)).motion == "still"

@@ -133,11 +133,11 @@ def coverage(
     if shape == "circle":
         distance = np.sqrt(dx * dx + dy * dy) - np.float32(radius)
     else:
-        corners = OUTLINES[shape] * radius
+        corners = OUTLINES[shape]
         edges = np.roll(corners, -1, 0) - corners
         # Corners run clockwise on screen, so the outward normal of (ex, ey) is (ey, -ex).
         normals = np.stack([edges[:, 1], -edges[:, 0]], 1) / np.linalg.norm(edges, axis=1, keepdims=True)
-        offsets = (normals * corners).sum(1)
+        offsets = (normals * corners).sum(1) * radius  # radius 0, of a frame without a shape, covers nothing
         distance = np.full(np.broadcast_shapes(dx.shape, dy.shape), -np.inf, np.float32)
         for (nx, ny), offset in zip(normals.astype(np.float32), offsets.astype(np.float32), strict=True):
             np.maximum(distance, nx * dx + (ny * dy - offset), out=distance)
