@@ -92,13 +92,14 @@ def test_generate_numbers_several_clips_and_passes_every_option_on(folder, tmp_p
 
     monkeypatch.setattr(Pipeline, "generate_each", record)
     words = "a b --seed 1,2 --steps 2 --sampler rcm-ode --attention sla --topk 0.5 --quant w8a8 --guidance 2.5 "
-    words += "--negative-prompt no --size 64x32 --frames 9 --shift 2 --sigma-max 90 --batch-size 2 --no-progress"
+    words += "--negative-prompt no --size 64x32 --frames 9 --shift 2 --sigma-max 90 --batch-size 2 --no-progress "
+    words += "--mid-times 1.4,1"
     with pytest.raises(ValueError, match="shorter"):  # no clips came, so there is nothing to write
         main(["generate", *words.split(), "--model", str(folder), "--out", str(tmp_path / "x.gif")])
     expected = {
         "prompts": ["a", "b"], "seed": [1, 2], "steps": 2, "sampler": "rcm-ode", "attention": "sla", "topk": 0.5,
         "quant": "w8a8", "guidance": (2.5, 2.5), "negative_prompt": "no", "size": (64, 32), "frames": 9,
-        "shift": 2.0, "sigma_max": 90.0, "batch_size": 2, "progress": False, "image": None,
+        "shift": 2.0, "sigma_max": 90.0, "mid_times": (1.4, 1.0), "batch_size": 2, "progress": False, "image": None,
     }  # fmt: skip
     assert asked == expected
 
@@ -125,6 +126,7 @@ def test_several_clips_are_numbered(folder, tmp_path, cache):
         ([PROMPT, "--attention", "flash"], "unknown attention 'flash'"),
         ([PROMPT, "--quant", "int4"], "unknown quant 'int4'"),
         ([PROMPT, "--guidance", "a,b"], "expected a number"),
+        ([PROMPT, "--mid-times", "1.4,x"], "expected numbers such as 1.5,1.4,1.0"),
         ([PROMPT, "--seed", "x"], "expected whole numbers"),
         ([PROMPT, "--seed", "-1"], "seed must be a whole number from 0"),
         ([PROMPT, "--image", "x.png"], "takes text alone"),

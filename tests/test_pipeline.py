@@ -56,7 +56,7 @@ def by_hand(pipe: Pipeline, prompt: str, seed: int, condition=None, **options) -
         return uncond + g * (cond - uncond)
 
     if settings.sampler.startswith("rcm"):
-        grid = {"num_steps": settings.steps, "sigma_max": settings.sigma_max}
+        grid = {name: getattr(settings, name) for name in ("sigma_max", "mid_times")} | {"num_steps": settings.steps}
         latents = rcm.sample(velocity, jnp.asarray(noise), jnp.asarray(step_noise), **grid, mode=settings.sampler[4:])
     else:
         solver = flow.unipc_solver(settings.steps, settings.shift)
@@ -97,7 +97,7 @@ def test_guided_unipc_is_what_the_parts_give_by_hand(pipe, clip):
 
 
 def test_rcm_is_what_the_parts_give_by_hand(pipe):
-    options = {"sampler": "rcm-sde", "steps": 2}
+    options = {"sampler": "rcm-sde", "steps": 2, "mid_times": (1.2,)}
     assert_same_picture(pipe.generate(PROMPT, seed=3, **options).frames, by_hand(pipe, PROMPT, 3, **options))
 
 
@@ -277,6 +277,15 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
         changed(stepz=3)
     with pytest.raises(UserError, match="unknown preset 'huge'"):
         changed(preset="huge")
+    for field, value in {
+        "steps": "x", "size": [1, 2, 3], "guidance": 3, "parts": 5, "negative_prompt": 7, "round_timestep": 1,
+        "boundary": "x",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"{field} cannot be"):
+            changed(**{field: value})
+    for text in ("5", "[]", '{"preset": ["tiny"]}', "{", "[" * 100_000):
+        with pytest.raises(UserError, match=r"pipeline\.json"):
+            PipelineConfig.from_json(text)
     with pytest.raises(UserError, match=r"lacks a part: no .*dit_low"):
         changed(boundary=0.9)
     with pytest.raises(UserError, match="holds a UMT5Config, but vae needs a VAEConfig"):
@@ -288,7 +297,7 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
 
 
 def test_a_pipeline_file_says_everything_and_may_say_little():
-    config = small_pipeline.config(boundary=0.9, parts={"dit": "."})
+    config = small_pipeline.config(boundary=0.9, parts={"dit": "."}, mid_times=(1.4, 1.0))
     assert PipelineConfig.from_json(config.to_json()) == config
     assert PipelineConfig.from_json('{"preset": "tiny"}') == PipelineConfig.from_preset("tiny")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from turbojax import AttentionConfig
-from turbojax.config import PRESETS
+from turbojax.config import MID_TIMES, PRESETS
 from turbojax.errors import UserError
 from turbojax.pipeline_config import PipelineConfig, PipelineSpec
 from turbojax.settings import check_image, check_prompts, check_seeds, pair_up, resolve
@@ -44,6 +44,16 @@ def test_attention_is_named_or_given_whole_and_topk_counts_either_way():
     assert resolve(sparse, attention=own, topk=0.2).attention == dataclasses.replace(own, topk=0.2)
 
 
+def test_a_model_may_have_few_step_times_of_its_own():
+    assert resolve(TINY, sampler="rcm-sde").mid_times == MID_TIMES
+    own = spec_of("tiny", mid_times=(1.4, 0.9))
+    assert resolve(own, sampler="rcm-sde").mid_times == (1.4, 0.9)
+    assert resolve(own, sampler="rcm-sde").steps == 3  # one more than there are times
+    chosen = resolve(own, sampler="rcm-sde", mid_times=np.array([1.3]), steps=2)
+    assert chosen.mid_times == (1.3,)
+    assert chosen.describe()["mid_times"] == [1.3]
+
+
 def test_numpy_integers_are_integers():
     settings = resolve(TINY, steps=np.int64(3), frames=np.int32(5), size=tuple(np.array([32, 48])))
     assert (settings.steps, settings.frames, settings.size) == (3, 5, (32, 48))
@@ -74,6 +84,10 @@ def test_numpy_integers_are_integers():
         ({"shift": 0.0}, "shift must be above 0"),
         ({"sigma_max": float("inf")}, "sigma_max must be above 0"),
         ({"sampler": "rcm-sde", "sigma_max": 1.0}, "sigma_max must be more than"),
+        ({"sampler": "rcm-sde", "steps": 3, "mid_times": (1.4,)}, "rcm-sde takes 1 to 2 steps, got 3"),
+        ({"sampler": "rcm-sde", "mid_times": (1.0, 1.4)}, r"mid_times must fall towards 0, got \(1.0, 1.4\)"),
+        ({"mid_times": (1.6,)}, "mid_times must be angles between 0 and pi/2"),
+        ({"mid_times": ("x",)}, "mid_times must be angles between 0 and pi/2"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, got 0"),
     ],
 )

@@ -42,6 +42,7 @@ def add_arguments(subparsers: Any) -> None:
     add("--shift", type=float, metavar="F", help="noise schedule of unipc and euler: above 1 dwells on high noise")
     add("--sigma-max", type=float, metavar="F", help="where rcm-* starts, in EDM's sigma")
     add("--offload", action="store_true", help="keep the DiTs in host memory, each on the device only for its steps")
+    add("--mid-times", type=_angles, metavar="T,...", help="angles of the later steps of rcm-*: pi/2 is noise, 0 none")
     add("--batch-size", type=int, default=1, metavar="N", help="clips made at once (default: 1)")
     add("--no-progress", action="store_true", help="no progress bar")
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = _numbered(args.out, len(prompts) * len(seeds))
     check_output(args.out)
     names = ("steps", "sampler", "guidance", "negative_prompt", "shift", "sigma_max", "attention", "topk", "quant")
-    options = {name: getattr(args, name) for name in (*names, "size", "frames", "batch_size")}
+    options = {name: getattr(args, name) for name in (*names, "mid_times", "size", "frames", "batch_size")}
     folder = find_pipeline(args.model)
     check_image(folder.spec, args.image is not None)
     image = None if args.image is None else open_image(args.image)
@@ -106,6 +107,13 @@ def _seeds(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 0 or 0,1,2; got {text!r}") from error
+
+
+def _angles(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1.5,1.4,1.0; got {text!r}") from error
 
 
 def _numbers(text: str) -> tuple[float, float]:

@@ -29,6 +29,10 @@ NEGATIVE_PROMPT = (
 )
 
 
+# TrigFlow angles of the rCM sampler's later steps (`turbodiffusion/inference/wan2.1_t2v_infer.py`).
+MID_TIMES = (1.5, 1.4, 1.0)
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Shape of a Wan diffusion transformer; head_dim = dim / num_heads (128 in every released model)."""
@@ -116,6 +120,7 @@ class Preset:
     shift: float = 5.0
     steps: int = 50
     sigma_max: float = 80.0  # start of the rCM sampler, in EDM's sigma = s / (1 - s)
+    mid_times: tuple[float, ...] = MID_TIMES
     size: tuple[int, int] = (832, 480)  # width, height
     frames: int = 81
     fps: int = 16
@@ -173,7 +178,9 @@ def from_json(text: str) -> ComponentConfig:
 
     "storage", which checkpoint.py writes beside the shape, says how the parameters are kept; it is left out here.
     """
-    fields: dict[str, Any] = json.loads(text)
+    fields: Any = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError("config.json: not a table of fields")
     fields.pop("storage", None)
     kind = fields.pop("kind", None)
     if kind not in _KINDS:

@@ -117,6 +117,7 @@ class Pipeline:
         negative_prompt: str | None = None,
         shift: float | None = None,
         sigma_max: float | None = None,
+        mid_times: Sequence[float] | None = None,
         attention: str | AttentionConfig | None = None,
         topk: float | None = None,
         quant: str | None = None,
@@ -130,8 +131,9 @@ class Pipeline:
         """Every prompt with every seed, each clip as soon as it is done; what is None comes from `spec.config`.
 
         paired: the first prompt with the first seed, the second with the second, instead of all with all.
-        sampler: "rcm-sde" or "rcm-ode" (1-4 steps), "unipc" or "euler" (1-1000). guidance: 1 = none; two numbers
-            are for the low-noise and the high-noise expert. shift: of unipc and euler; sigma_max: of rcm.
+        sampler: "rcm-sde" or "rcm-ode" (few steps: at most one more than mid_times), "unipc" or "euler" (1-1000).
+        guidance: 1 = none; two numbers are for the low-noise and the high-noise expert. shift: of unipc and euler.
+        sigma_max: of rcm; mid_times: of its later steps, angles between pi/2 (noise) and 0; n steps take n - 1.
         attention: "dense", "sage", "sla", "sagesla" (topk: share of key blocks kept) or an AttentionConfig.
         quant: "w8a8" or "none". frames: 4n + 1.
         size: (width, height), multiples of 16; "adaptive": the image's shape, with as many pixels as the default.
@@ -146,8 +148,9 @@ class Pipeline:
         original = None if image is None else open_image(image)
         settings = resolve(
             self.spec, steps=steps, sampler=sampler, guidance=guidance, negative_prompt=negative_prompt, shift=shift,
-            sigma_max=sigma_max, attention=attention, topk=topk, quant=quant, size=size, frames=frames, fps=fps,
-            batch_size=batch_size, picture=None if original is None else (original.shape[1], original.shape[0]),
+            sigma_max=sigma_max, mid_times=mid_times, attention=attention, topk=topk, quant=quant, size=size,
+            frames=frames, fps=fps, batch_size=batch_size,
+            picture=None if original is None else (original.shape[1], original.shape[0]),
         )  # fmt: skip
         picture = None if original is None else resize_image(original, settings.size)
         for text in prompts:

@@ -50,7 +50,8 @@ class PipelineConfig:
     """Contents of `pipeline.json`. Everything but `preset` may be left out there: the preset then decides.
 
     steps and guidance belong to `sampler`; guidance is (low-noise expert, high-noise expert), 1 = none.
-    sigma_max: start of the rCM samplers, in EDM's sigma. size: (width, height) in pixels.
+    sigma_max: start of the rCM samplers, in EDM's sigma; mid_times: TrigFlow angles of their later steps, of which
+    n steps take the first n - 1. size: (width, height) in pixels.
     quant: "w8a8" where the stored weights are int8 already.
     round_timestep: the model learned from timesteps rounded to bfloat16, as TurboDiffusion's did.
     parts: where each part lies, relative to the folder.
@@ -64,6 +65,7 @@ class PipelineConfig:
     guidance: tuple[float, float]
     shift: float
     sigma_max: float
+    mid_times: tuple[float, ...]
     size: tuple[int, int]
     frames: int
     fps: int
@@ -93,15 +95,21 @@ class PipelineConfig:
 
     @classmethod
     def from_json(cls, text: str) -> PipelineConfig:
-        """Read the text of a `pipeline.json`. Raises UserError for an unknown preset or field."""
+        """Read the text of a `pipeline.json`. Raises UserError for an unknown preset or field, or an odd value."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"pipeline.json is not JSON: {error}") from error
-        if "preset" not in fields:
+        if not isinstance(fields, dict) or not isinstance(fields.get("preset"), str):
             raise UserError(f"pipeline.json names no preset; known: {', '.join(PRESETS)}")
         name = fields.pop("preset")
-        return cls.from_preset(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        config = cls.from_preset(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        usual = {**dataclasses.asdict(cls.from_preset(name)), "boundary": 0.5, "parts": {"": ""}}
+        for field, value in dataclasses.asdict(config).items():
+            if not _alike(value, usual[field]) and (field, value) != ("boundary", None):
+                example = json.dumps(getattr(cls.from_preset(name), field), ensure_ascii=False)[:60]
+                raise UserError(f"pipeline.json: {field} cannot be {value!r:.60}; it is a value like {example}")
+        return config
 
     def to_json(self) -> str:
         """The text of a `pipeline.json` with every field written out."""
@@ -149,6 +157,17 @@ class PipelineFolder:
     paths: Mapping[str, Path]
 
 
+def _alike(value: Any, usual: Any) -> bool:
+    """True when a JSON value is of the usual one's type; a pair must be one, other lists may be of any length."""
+    if isinstance(usual, dict):
+        return isinstance(value, dict) and all(isinstance(x, str) for x in (*value, *value.values()))
+    if isinstance(usual, tuple):
+        if not isinstance(value, tuple) or (len(usual) == 2 and len(value) != 2):
+            return False
+        return all(_alike(x, usual[0]) for x in value)
+    return type(value) is type(usual) or (type(usual) is float and type(value) is int)
+
+
 def find_pipeline(model: str | Path) -> PipelineFolder:
     """Find and check a pipeline by shipped name or folder.
 
@@ -190,5 +209,6 @@ def _read(path: Path, model: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"model {model} lacks a part: no {path}") from error
-    except OSError as error:
-        raise UserError(f"model {model}: cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.reason if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"model {model}: cannot read {path}: {reason}") from error

@@ -73,7 +73,7 @@ def denoise(
             return entered[expert](x, s)
 
         mode = settings.sampler.removeprefix("rcm-")
-        grid = {"num_steps": steps, "sigma_max": settings.sigma_max}
+        grid = {"num_steps": steps, "sigma_max": settings.sigma_max, "mid_times": settings.mid_times}
         return rcm.sample(velocity, noise, step_noise, **grid, mode=mode, on_step=on_step)
     solver = {"unipc": flow.unipc_solver, "euler": flow.euler_solver}[settings.sampler](steps, settings.shift)
     experts: dict[str, Any] = {"low_velocity": None if boundary is None else partial(enter, 1), "boundary": boundary}

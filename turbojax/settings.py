@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from turbojax.attention import AttentionConfig
 from turbojax.config import PRESETS
 from turbojax.errors import UserError
@@ -33,6 +35,7 @@ class Settings:
     negative_prompt: str
     shift: float
     sigma_max: float
+    mid_times: tuple[float, ...]
     boundary: float | None
     round_timestep: bool
     attention: AttentionConfig
@@ -62,6 +65,7 @@ def resolve(
     negative_prompt: str | None = None,
     shift: float | None = None,
     sigma_max: float | None = None,
+    mid_times: Sequence[float] | None = None,
     attention: str | AttentionConfig | None = None,
     topk: float | None = None,
     quant: str | None = None,
@@ -79,7 +83,8 @@ def resolve(
     sampler = sampler or defaults.sampler
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    own_steps, own_guidance = _sampler_defaults(spec, sampler)
+    angles = _mid_times(defaults.mid_times if mid_times is None else mid_times)
+    own_steps, own_guidance = _sampler_defaults(spec, sampler, angles)
     pair = own_guidance if guidance is None else _guidance(guidance)
     if defaults.boundary is None and pair[0] != pair[1]:
         raise UserError(f"model {spec.name} has one expert: give one guidance, not {pair[0]:g} and {pair[1]:g}")
@@ -88,11 +93,12 @@ def resolve(
         raise UserError("a negative prompt needs guidance: give a guidance above 1, or leave the negative prompt out")
     settings = Settings(
         sampler=sampler,
-        steps=_steps(own_steps if steps is None else steps, sampler),
+        steps=_steps(own_steps if steps is None else steps, sampler, angles),
         guidance=pair,
         negative_prompt="" if pair == (1.0, 1.0) else negative,
         shift=_positive("shift", defaults.shift if shift is None else shift),
         sigma_max=_positive("sigma_max", defaults.sigma_max if sigma_max is None else sigma_max),
+        mid_times=angles,
         boundary=defaults.boundary,
         round_timestep=defaults.round_timestep,
         attention=_attention(spec, attention, topk),
@@ -103,7 +109,7 @@ def resolve(
         batch_size=_whole("batch_size", batch_size, least=1),
     )
     if SAMPLERS[sampler].distilled:
-        rcm.time_grid(settings.steps, settings.sigma_max)
+        rcm.time_grid(settings.steps, settings.sigma_max, angles)
     return settings
 
 
@@ -143,12 +149,14 @@ def check_image(spec: PipelineSpec, has_image: bool) -> None:
         raise UserError(f"model {spec.name} makes video from a picture: give an image")
 
 
-def _sampler_defaults(spec: PipelineSpec, sampler: str) -> tuple[int, tuple[float, float]]:
-    """Steps and guidance: the pipeline's for its own sampler, else 4 bare steps or the preset's many guided ones."""
+def _sampler_defaults(
+    spec: PipelineSpec, sampler: str, mid_times: tuple[float, ...]
+) -> tuple[int, tuple[float, float]]:
+    """Steps and guidance: the pipeline's for its own sampler, else few bare steps or the preset's many guided ones."""
     if sampler == spec.config.sampler:
         return spec.config.steps, spec.config.guidance
     if SAMPLERS[sampler].distilled:
-        return SAMPLERS[sampler].max_steps, (1.0, 1.0)
+        return _most_steps(sampler, mid_times), (1.0, 1.0)
     preset = PRESETS[spec.config.preset]
     return preset.steps, preset.guidance
 
@@ -160,10 +168,22 @@ def _guidance(guidance: float | Sequence[float]) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def _steps(steps: int, sampler: str) -> int:
-    most = SAMPLERS[sampler].max_steps
+def _most_steps(sampler: str, mid_times: tuple[float, ...]) -> int:
+    spec = SAMPLERS[sampler]
+    return len(mid_times) + 1 if spec.distilled else spec.max_steps
+
+
+def _mid_times(angles: Any) -> tuple[float, ...]:
+    angles = tuple(angles) if isinstance(angles, Sequence | np.ndarray) else (angles,)
+    if not all(isinstance(t, int | float | np.floating) and 0 < t < math.pi / 2 for t in angles):
+        raise UserError(f"mid_times must be angles between 0 and pi/2, got {angles}")
+    return tuple(map(float, angles))
+
+
+def _steps(steps: int, sampler: str, mid_times: tuple[float, ...]) -> int:
+    most = _most_steps(sampler, mid_times)
     if not 1 <= (steps := _whole("steps", steps)) <= most:
-        others = "" if most > 4 else "; for more steps use sampler unipc or euler"
+        others = "; for more steps use sampler unipc or euler" if SAMPLERS[sampler].distilled else ""
         raise UserError(f"sampler {sampler} takes 1 to {most} steps, got {steps}{others}")
     return steps
 

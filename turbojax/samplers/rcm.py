@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from turbojax.config import MID_TIMES
 from turbojax.errors import UserError
 
-# TrigFlow angles t between the start atan(sigma_max) and the end 0, with s = sin t / (sin t + cos t).
-MID_TIMES = (1.5, 1.4, 1.0)
 MODES = ("sde", "ode")
 
 
@@ -26,9 +25,9 @@ def time_grid(
 ) -> Float[np.ndarray, "{num_steps}+1"]:
     """Noise levels s_0 > ... > s_num_steps = 0 of the rectified flow, float64.
 
-    sigma_max: start in EDM's sigma = s / (1 - s). mid_times: TrigFlow angles of the later steps, falling; the
-    first num_steps - 1 are used. Raises UserError for a step count outside 1 ... len(mid_times) + 1, or a grid
-    that does not fall.
+    sigma_max: start in EDM's sigma = s / (1 - s). mid_times: TrigFlow angles t of the later steps, falling, with
+    s = sin t / (sin t + cos t); the first num_steps - 1 are used. Raises UserError for a step count outside
+    1 ... len(mid_times) + 1, or a grid that does not fall.
     """
     most = len(mid_times) + 1
     if not 1 <= num_steps <= most:
