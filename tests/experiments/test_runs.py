@@ -13,6 +13,7 @@ from experiments import (
     quantisation,
     sampler,
     sparsity_steps,
+    training,
 )
 from experiments.clips import Clips, describe
 
@@ -71,7 +72,7 @@ def test_a_description_compares_clip_by_clip():
     assert columns["agreement, dB"].startswith("25.0")
 
 
-EXPERIMENTS = (sparsity_steps, ladder, attention_error, attention_mass, quantisation, sampler)
+EXPERIMENTS = (sparsity_steps, ladder, attention_error, attention_mass, quantisation, sampler, training)
 
 
 @pytest.mark.slow
