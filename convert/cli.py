@@ -78,9 +78,10 @@ def _convert(args: argparse.Namespace) -> int:
     parts = {name: getattr(args, name) for name in ("dit", "dit_low", "vae", "text_encoder", "tokenizer")}
     given = [name for name, value in parts.items() if value is not None]
     common = {"dtype": args.dtype, "format": args.format, "overwrite": args.overwrite, "model": args.model}
-    release = args.source is not None and is_release(Path(args.source))
-    parts = complete(parts, Path(args.source) if release else None)
-    if args.source is not None and not release:
+    source = None if args.source is None else Path(args.source)
+    release = source if source is not None and is_release(source) else None
+    parts = complete(parts, release)
+    if source is not None and release is None:
         if given or args.lora_low:
             option = (given or ["lora_low"])[0].replace("_", "-")
             raise UserError(

@@ -44,7 +44,10 @@ def inspect(path: str | Path) -> str:
 def _pipeline(folder: Path) -> list[str]:
     from turbojax.pipeline_config import PipelineConfig
 
-    config = PipelineConfig.from_json((folder / "pipeline.json").read_text(encoding="utf-8"))
+    try:
+        config = PipelineConfig.from_json((folder / "pipeline.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / 'pipeline.json'}: cannot be read: {error}") from error
     lines = [f"{folder}: pipeline of preset {config.preset}", f"  samples by {config.sampler}, {config.steps} steps"]
     for part in _PARTS:
         place = folder / config.parts.get(part, part)

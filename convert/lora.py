@@ -74,12 +74,14 @@ class Update:
 
     def bias(self) -> np.ndarray | None:
         """The change of the bias, float32. peft scales the bias of B with the rest; `diff_b` stands alone."""
+        change: np.ndarray | None = None
         if "diff_b" in self.parts:
-            return self.parts["diff_b"].array().astype(np.float32)
+            change = self.parts["diff_b"].array().astype(np.float32)
         if "up_bias" in self.parts:
-            rank = self.parts["down"].shape[0]
-            return self.parts["up_bias"].array().astype(np.float32) * np.float32(self.scale(rank))
-        return None
+            scale = np.float32(self.scale(self.parts["down"].shape[0]))
+            scaled = self.parts["up_bias"].array().astype(np.float32) * scale
+            change = scaled if change is None else change + scaled
+        return change
 
 
 def apply_lora(component: Component, source: str | Path, strength: float = 1.0) -> Component:
@@ -104,15 +106,15 @@ def apply_lora(component: Component, source: str | Path, strength: float = 1.0) 
         if place is None:
             troubles.append(f"{update.name} is unknown")
             continue
-        for entry, shape in ((place.weight, _weight_shape(update)), (place.bias, _bias_shape(update))):
-            if shape is None:
+        for entry, shapes in ((place.weight, _weight_shapes(update)), (place.bias, _bias_shapes(update))):
+            if not shapes:
                 continue
             if entry is None:
                 troubles.append(f"{update.name} has no bias")
-            elif math.prod(shape) != _row_size(component.leaves[entry.target], entry):
-                troubles.append(
-                    f"{update.name} changes {list(shape)}, the model has {component.leaves[entry.target].shape}"
-                )
+                continue
+            accepted = _accepted(component.leaves[entry.target].shape, entry, config.patch_size)
+            if wrong := [shape for shape in shapes if shape not in accepted]:
+                troubles.append(f"{update.name} changes {list(wrong[0])}, the model has {list(accepted[0])}")
             else:
                 changes[entry.target].append((entry, update))
     if troubles:
@@ -137,6 +139,8 @@ def read_lora(source: Source) -> list[Update]:
         module, part = _stripped(key[: match[0].start()]), match[1]
         if part in found[module]:
             troubles.append(f"{key} occurs twice")
+        if tensor.dtype.kind != "f" and not tensor.dtype.name.startswith(("bfloat16", "float8")):
+            troubles.append(f"{key} is {tensor.dtype}, not a float")
         found[module][part] = tensor
     updates = []
     for module, parts in found.items():
@@ -150,6 +154,10 @@ def read_lora(source: Source) -> list[Update]:
             troubles.append(f"{module}.alpha is not one number")
         elif "up_bias" in parts and down is None:
             troubles.append(f"{module} has a bias without weights")
+        elif parts.keys() == {"alpha"}:
+            troubles.append(f"{module} has an alpha and nothing that it scales")
+        elif alpha is not None and not np.isfinite(alpha.array().astype(np.float64)).all():
+            troubles.append(f"{module}.alpha is not finite")
         else:
             updates.append(Update(module, parts, _scale(alpha, scales, module)))
     if troubles:
@@ -223,19 +231,23 @@ def _places(config: DiTConfig) -> Mapping[str, Place]:
     return places
 
 
-def _weight_shape(update: Update) -> tuple[int, ...] | None:
+def _weight_shapes(update: Update) -> list[tuple[int, ...]]:
+    shapes = []
     if "down" in update.parts:
-        return update.parts["up"].shape[0], math.prod(update.parts["down"].shape[1:])
-    return update.parts["diff"].shape if "diff" in update.parts else None
+        shapes.append((update.parts["up"].shape[0], math.prod(update.parts["down"].shape[1:])))
+    if "diff" in update.parts:
+        shapes.append(update.parts["diff"].shape)
+    return shapes
 
 
-def _bias_shape(update: Update) -> tuple[int, ...] | None:
-    part = update.parts.get("diff_b", update.parts.get("up_bias"))
-    return None if part is None else part.shape
+def _bias_shapes(update: Update) -> list[tuple[int, ...]]:
+    return [update.parts[part].shape for part in ("diff_b", "up_bias") if part in update.parts]
 
 
-def _row_size(leaf: Leaf, entry: Entry) -> int:
-    return leaf.size if entry.layer is None else leaf.size // leaf.shape[0]
+def _accepted(shape: tuple[int, ...], entry: Entry, patch: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes that a change may have: the tensor's own in each naming, and a convolution's as a matrix."""
+    own = TRANSFORMS[entry.transform].source_shapes(shape if entry.layer is None else shape[1:], patch)
+    return [*own, *((s[0], math.prod(s[1:])) for s in own if len(s) > 2)]
 
 
 def _changed(leaf: Leaf, rows: list[tuple[Entry, Update]], strength: float, patch: tuple[int, ...]) -> Leaf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from convert.torch_file import read_torch
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 _MAX_JSON = 32 << 20
+_MAX_NAME = 255  # bytes of a file name, on Linux and macOS
 # What people try, and what to do about it.
 _OTHER_FORMATS: Mapping[str, str] = {
     ".gguf": "GGUF files hold weights in blocks of their own; take the .safetensors of the same model",
@@ -44,8 +46,10 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if path.is_dir():
         file = _file_in(path)
-    elif path.exists():
+    elif path.is_file():
         file = path
+    elif path.exists():
+        raise CheckpointError(f"{path}: neither a regular file nor a folder")
     else:
         raise CheckpointError(f"{path}: no such file or folder")
     config = _sibling_config(file)
@@ -132,7 +136,7 @@ def _open_shards(index: Path, config: dict[str, Any]) -> Source:
     shards: dict[str, Mapping[str, StoredTensor]] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or len(os.fsencode(name)) > _MAX_NAME:
             raise CheckpointError(f"{index}: shard {name[:80]!r} is not a plain file name")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index}: shard {name} is missing; download the rest of the checkpoint")

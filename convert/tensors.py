@@ -46,8 +46,13 @@ class MappedFile:
             self.map, self.size = content, len(content)
             return
         try:
+            if path.exists() and not path.is_file():
+                # Opening a pipe would wait for whoever writes into it.
+                raise CheckpointError(f"{path}: not a regular file")
             with path.open("rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except CheckpointError:
+            raise
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such file") from error
         except (OSError, ValueError) as error:

@@ -238,3 +238,18 @@ def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(tmp_path, format)
     save_component(tmp_path / "out", dit(dtype="float32"), format=format, overwrite=True)
     assert flat(load_component(tmp_path / "out"))["head.kernel"].dtype == np.float32
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_output_that_is_a_file_is_kept_and_a_link_is_followed(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is there already"):
+        save_component(tmp_path / "file", dit(), format="safetensors", overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        save_component(tmp_path / "link", dit(), format="safetensors", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "real"]
+    assert (tmp_path / "link").is_symlink()
+    for place in ("/", "x" * 300, "file/below"):
+        with pytest.raises(UserError, match=r"there already|could not be written"):
+            save_component(tmp_path / place, dit(), format="safetensors", overwrite=True)

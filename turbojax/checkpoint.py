@@ -180,17 +180,19 @@ def path_name(path: tuple[Any, ...]) -> str:
 def new_folder(directory: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill; it takes the name `directory` when the block ends well and vanishes when it does not.
 
-    Raises UserError when `directory` is there already (unless `overwrite`) or the disk refuses.
+    A link is followed. Raises UserError when `directory` is a file, or a folder with something in it (unless
+    `overwrite`), or the disk refuses.
     """
-    target = Path(directory).absolute()
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{directory} is there already; remove it or choose another folder")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    target = Path(os.path.realpath(directory))
+    if not target.name:
+        raise UserError(f"{directory} is there already; choose another folder")
+    partial, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     try:
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
+            raise UserError(f"{directory} is there already; remove it or choose another folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
         if target.exists():
             target.replace(old)
         partial.replace(target)
@@ -252,8 +254,11 @@ def _read_config(folder: Path) -> tuple[ComponentConfig, dict[str, Any]]:
         raise UserError(f"{folder} has no config.json: not a component; `turbojax convert` makes one")
     try:
         text = path.read_text(encoding="utf-8")
-        return configs.from_json(text), json.loads(text).get("storage") or {}
-    except (OSError, ValueError, TypeError) as error:
+        config, storage = configs.from_json(text), json.loads(text).get("storage") or {}
+        if storage.get("dtype") is not None:
+            jax.numpy.dtype(storage["dtype"])
+        return config, storage
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 

@@ -68,6 +68,10 @@ def test_sums_are_rounded_once_to_the_parameters_own_dtype(tmp_path):
         ("blocks.0.cross_attn.k_img.diff", (16, 16), "k_img is unknown"),
         ("blocks.7.self_attn.q.diff", (16, 16), "blocks.7.self_attn.q is unknown"),
         ("blocks.0.self_attn.q.diff", (8, 8), "changes"),
+        # As many numbers, in another order.
+        ("blocks.0.ffn.2.diff", (24, 16), r"changes \[24, 16\], the model has \[16, 24\]"),
+        ("blocks.0.ffn.2.diff", (384,), r"changes \[384\], the model has \[16, 24\]"),
+        ("blocks.0.self_attn.q.alpha", (), "nothing that it scales"),
         ("blocks.0.self_attn.norm_q.diff_b", (16,), "no bias"),
         ("blocks.0.self_attn.q.alpha", (3,), "not one number"),
     ],
@@ -78,6 +82,30 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path, key, shape, words):
     with pytest.raises(CheckpointError, match=words) as caught:
         apply_lora(component(), tmp_path / "l.safetensors")
     assert "l.safetensors" in str(caught.value)
+
+
+def test_a_product_beside_a_difference_of_another_shape_is_refused(tmp_path):
+    tensors = {"lora_A.weight": (2, 16), "lora_B.weight": (24, 2), "diff": (16, 24)}
+    save_file({f"blocks.0.ffn.0.{k}": np.ones(s, np.float32) for k, s in tensors.items()}, tmp_path / "l.safetensors")
+    with pytest.raises(CheckpointError, match=r"changes \[16, 24\], the model has \[24, 16\]"):
+        apply_lora(component(), tmp_path / "l.safetensors")
+
+
+def test_both_ways_of_changing_a_bias_add_up(tmp_path):
+    tensors = {"lora_A.weight": (2, 16), "lora_B.weight": (24, 2), "lora_B.bias": (24,), "diff_b": (24,)}
+    save_file({f"blocks.1.ffn.0.{k}": np.ones(s, np.float32) for k, s in tensors.items()}, tmp_path / "l.safetensors")
+    base, merged = component(), apply_lora(component(), tmp_path / "l.safetensors")
+    change = merged.leaves["blocks.ffn.up.bias"].array() - base.leaves["blocks.ffn.up.bias"].array()
+    assert np.allclose(change, [[0.0], [2.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.ones(24, np.int32), "not a float"), (np.full(1, np.nan), "finite")])
+def test_a_lora_of_what_is_no_number_is_refused(tmp_path, value, words):
+    key = "diff_b" if value.dtype == np.int32 else "alpha"
+    tensors = {f"blocks.0.ffn.0.{key}": value, "blocks.0.ffn.0.diff": np.ones((24, 16), np.float32)}
+    save_file(tensors, tmp_path / "l.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        apply_lora(component(), tmp_path / "l.safetensors")
 
 
 def test_a_product_of_wrong_ranks_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The readers give torch's own numbers for everything a file can hold, without copies, and refuse the rest by name."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import CheckpointError
+from convert import CheckpointError, convert_checkpoint
 from convert.safetensors_file import read_safetensors, write_safetensors
 from convert.source import open_source
 from convert.tensors import DTYPES, Leaf
@@ -160,6 +161,7 @@ def test_shards_are_read_through_their_index(tmp_path):
         ({"a": "one.safetensors", "b": "../two.safetensors"}, "plain file name"),
         ({"a": "one.safetensors", "b": "/etc/passwd"}, "plain file name"),
         ({"a": "one.safetensors", "b": ".."}, "plain file name"),
+        ({"a": "one.safetensors", "b": "b" * 300}, "plain file name"),
         ({"a": "one.safetensors", "b": "three.safetensors"}, "missing"),
         ({"a": "one.safetensors", "b": "one.safetensors"}, "b is not in one"),
         ({"a": "one.safetensors", "c": "two.safetensors"}, "c is not in two"),
@@ -194,6 +196,22 @@ def test_other_files_are_named(tmp_path, name):
         (tmp_path / name).write_text("GGUF")
     with pytest.raises(CheckpointError, match=name):
         open_source(tmp_path / name)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="neither a regular file nor a folder"):
+        open_source(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_source(tmp_path)
+
+
+def test_names_out_of_a_file_cannot_break_the_line(tmp_path):
+    save_file({"a\nb\x1b[31m": np.ones(1, np.float32)}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(tmp_path / "m.safetensors", tmp_path / "out")
+    assert r"a\nb\x1b[31m" in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_every_dtype_has_one_name():
