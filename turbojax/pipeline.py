@@ -283,8 +283,8 @@ def draw_noise(
     return stacked[0], stacked[1:] if count > 1 else None
 
 
-def moved(module: Any, memory: jax.memory.Space) -> Any:
-    """A copy of a module with its parameters in that memory."""
+def moved(module: Any, memory: Any) -> Any:
+    """A copy of a module with its parameters in that memory, HOST or DEVICE."""
     graph, state = nnx.split(module)
     return nnx.merge(graph, jax.device_put(state, memory))
 

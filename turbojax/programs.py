@@ -76,10 +76,14 @@ def denoise(
         grid = {"num_steps": steps, "sigma_max": settings.sigma_max, "mid_times": settings.mid_times}
         return rcm.sample(velocity, noise, step_noise, **grid, mode=mode, on_step=on_step)
     solver = {"unipc": flow.unipc_solver, "euler": flow.euler_solver}[settings.sampler](steps, settings.shift)
-    experts: dict[str, Any] = {"low_velocity": None if boundary is None else partial(enter, 1), "boundary": boundary}
-    return flow.integrate(
-        solver, partial(enter, 0), noise, **experts, on_step=on_step, on_expert=lambda enter, x: enter(x)
-    )
+    high_noise: Any = partial(enter, 0)
+    low_noise: Any = None if boundary is None else partial(enter, 1)
+
+    def on_expert(opening: Any, x: Array) -> Callable[[Array, Any], Array]:
+        return opening(x)
+
+    experts: dict[str, Any] = {"low_velocity": low_noise, "boundary": boundary, "on_expert": on_expert}
+    return flow.integrate(solver, high_noise, noise, **experts, on_step=on_step)
 
 
 def _fetch(state: Any, x: Array) -> Any:

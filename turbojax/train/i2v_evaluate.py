@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 
 from turbojax.train import data
 from turbojax.train.evaluate import wilson
-from turbojax.train.i2v_data import NEW_RADII, Pictured, pictures
+from turbojax.train.i2v_data import NEW_RADII, RADIUS, Pictured, pictures
 from turbojax.train.oracle import read
 
 KINDS = ("known", "new place", "known", "new size")
@@ -63,9 +63,9 @@ def wanted(count: int, seed: int = 0) -> list[Wanted]:
     pairs = 0
     while pairs < count:
         kind = KINDS[len(made) % len(KINDS)]
-        radii = NEW_RADII[len(made) // len(KINDS) % 2] if kind == "new size" else None
+        radius = NEW_RADII[len(made) // len(KINDS) % 2] if kind == "new size" else RADIUS
         ranges: dict[str, Any] = {"combinations": data.COMBINATIONS, "new_places": kind == "new place"}
-        (picture,) = pictures(int(rng.integers(2**31)), 1, **ranges, **({"radius": radii} if radii else {}))
+        (picture,) = pictures(int(rng.integers(2**31)), 1, **{**ranges, "radius": radius})
         chosen = [picture.clips[i] for i in rng.permutation(len(picture.clips))[: min(2, count - pairs)]]
         clips = [(data.caption(clip, PROMPTS[(pairs + i) % len(PROMPTS)]), clip) for i, clip in enumerate(chosen)]
         made.append(Wanted(picture, tuple(clips), kind))
