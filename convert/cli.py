@@ -87,7 +87,7 @@ def _convert(args: argparse.Namespace) -> int:
             raise UserError(
                 f"SOURCE converts one component, but --{option} belongs to a pipeline: give one or the other"
             )
-        convert_checkpoint(args.source, args.out, prefix=args.prefix, lora=_loras(args.lora), **common)
+        convert_checkpoint(source, args.out, prefix=args.prefix, lora=_loras(args.lora), **common)
     else:
         missing = [name for name in ("dit", "vae", "text_encoder", "tokenizer") if parts[name] is None]
         if missing:
