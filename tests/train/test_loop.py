@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,6 +77,25 @@ def test_a_checkpoint_keeps_its_step_though_the_next_ones_reuse_the_memory(tmp_p
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         kept = checkpoints.restore(4, toy_run.Toy().init())
     assert same(toy_run.run(tmp_path / "four", 4), kept)
+
+
+def test_a_step_is_compiled_once_wherever_its_state_came_from(tmp_path):
+    """Weights from a file are committed to a device, fresh ones are not; the step's results all are."""
+
+    class Loaded(toy_run.Toy):
+        def init(self):
+            state = super().init()
+            return {**state, "weights": jax.device_put(state["weights"], jax.devices()[0])}
+
+        def batch(self, step):
+            return jax.device_put(super().batch(step), jax.devices()[0])
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **about: compiled.append(about.get("fun_name")) if "backend_compile" in event else None
+    )
+    loop.run(Loaded(), loop.LoopConfig(3, str(tmp_path)))
+    assert sum("step" in str(name) for name in compiled) == 1, compiled
 
 
 def test_finished_run_does_nothing(whole, tmp_path):

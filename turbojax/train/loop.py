@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 from tqdm import tqdm
 
@@ -71,8 +71,9 @@ def run(
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     state = stage.init()
-    if mesh is not None:
-        state = jax.device_put(state, state_shardings(mesh, state))
+    # Put in its place once and for all: a step hands back what is placed, and would be compiled again for it.
+    place = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else state_shardings(mesh, state)
+    state = jax.device_put(state, place)
     with Checkpoints(out / FOLDER, keep=config.keep) as checkpoints:
         state, start = restore_newest(checkpoints, state)
         if start > config.steps:
