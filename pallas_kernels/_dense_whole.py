@@ -1,7 +1,7 @@
 """Dense attention whose score matrix fits in memory, with its derivatives written out.
 
 XLA's CPU backend runs the automatic gradient of attention five times slower than the same products written by
-hand, in their given [B, L, H, d] layout. `linear_call` keeps forward mode (rCM differentiates through it) and gives
+hand, in their given [B, L, H, d] layout. `linear` keeps forward mode (rCM differentiates through it) and gives
 reverse mode its own transpose.
 """
 
@@ -11,8 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
+
+from pallas_kernels._derivatives import linear
 
 _F32 = jnp.float32
 
@@ -37,7 +38,7 @@ def dense_whole(
     return _mix(jax.nn.softmax(_scores(q, k) * scale, axis=-1), v)
 
 
-@dense_whole.defjvp
+@functools.partial(dense_whole.defjvp, symbolic_zeros=True)
 def _derivative(scale, primals, tangents):
     def along(inputs, directions):
         (q, k, v), (dq, dk, dv) = inputs, directions
@@ -53,4 +54,4 @@ def _derivative(scale, primals, tangents):
         slope = weights * (slope - jnp.sum(weights * slope, axis=-1, keepdims=True)) * scale
         return _mix(slope, k), _gather(slope, q), _gather(weights, cotangent)
 
-    return dense_whole(*primals, scale), linear_call(along, transposed, primals, tangents)
+    return dense_whole(*primals, scale), linear(along, transposed, primals, tangents)

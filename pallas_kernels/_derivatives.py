@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import linear_call
+from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Array
 
 
@@ -38,31 +39,53 @@ def derivative_of(
 ) -> Callable[..., Any]:
     """`fast`, with the derivatives of `differentiable` (the same function): both modes, as rCM needs.
 
-    backward: (arguments, results, cotangents of the results) -> cotangents of the arguments that have any (integers
-        have none), in place of reverse mode through `differentiable`. Forward mode goes through that all the same.
+    backward: (arguments, results, cotangents of the results) -> cotangents of the arguments that are not integers, in
+        place of reverse mode through `differentiable`. Forward mode goes through that all the same.
     """
     op = jax.custom_jvp(lambda *args: fast(*args))
 
-    @op.defjvp
+    @functools.partial(op.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
         out = op(*primals)
-        if backward is None:
-            return out, jax.jvp(differentiable, primals, tangents)[1]
-        moves = [tangent.dtype != jax.dtypes.float0 for tangent in tangents]
 
         def along(known, directions):
-            rest = iter(directions)
-            full = tuple(next(rest) if move else t for move, t in zip(moves, _still(known[0]), strict=True))
-            return jax.jvp(differentiable, known[0], full)[1]
+            return jax.jvp(differentiable, known[0], directions)[1]
 
         def transposed(known, cotangents):
-            return backward(*known, cotangents)
+            assert backward is not None
+            found = iter(backward(*known, cotangents))
+            return tuple(next(found) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in known[0])
 
-        moving = tuple(tangent for move, tangent in zip(moves, tangents, strict=True) if move)
-        return out, linear_call(along, transposed, (primals, out), moving)
+        return out, linear(along, transposed if backward else None, (primals, out), tangents)
 
     return op
 
 
-def _still(primals: tuple[Array, ...]) -> list[np.ndarray]:
-    return [np.zeros(x.shape, jax.dtypes.float0) for x in primals]
+def linear(
+    along: Callable[..., Any], transposed: Callable[..., Any] | None, known: Any, tangents: tuple[Any, ...]
+) -> Any:
+    """`along(known, tangents)`, whose reverse is `transposed(known, cotangents)` if that is given; for a JVP rule with
+    symbolic zeros. linear_call gets what really moves alone: its transpose takes a zero for a constant, and fails.
+    """
+    moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+
+    def forwards(known, directions):
+        rest = iter(directions)
+        full = tuple(next(rest) if move else _zeros(zero) for move, zero in zip(moves, tangents, strict=True))
+        return along(known, full)
+
+    def backwards(known, cotangents):
+        assert transposed is not None
+        found = transposed(known, cotangents)
+        return tuple(gradient for gradient, move in zip(found, moves, strict=True) if move)
+
+    moving = tuple(tangent for tangent, move in zip(tangents, moves, strict=True) if move)
+    if transposed is None or not moving:
+        return forwards(known, moving)
+    return linear_call(forwards, backwards, known, moving)
+
+
+def _zeros(zero: Any) -> Array | np.ndarray:
+    """A symbolic zero as an array; an integer's tangent has no values."""
+    kind = jax.dtypes.float0
+    return np.zeros(zero.shape, kind) if zero.dtype == kind else jnp.zeros(zero.shape, zero.dtype)

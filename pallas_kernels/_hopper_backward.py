@@ -69,7 +69,15 @@ def sparse_backward(
         q, do, k, v, *rows_of(index), lists=(block_q, block_k), keys=False, clamp=lk % block_k != 0, **options
     )
     dk, dv = _gradients(
-        k, v, q, do, *transposed(index, -(-lk // block_k)), lists=(block_k, block_q), keys=True, clamp=False, **options
+        k,
+        v,
+        q,
+        do,
+        *transposed(index, -(-lk // block_k)),
+        lists=(block_k, block_q),
+        keys=True,
+        clamp=lk % TILE != 0,
+        **options,
     )
     return dq[:, :lq], dk[:, :lk], dv[:, :lk]
 
@@ -101,7 +109,7 @@ def _gradients(
     stay, stay2: Q and dO, or for keys K and V; stream, stream2: the other pair. All [b, l, h, d] bfloat16.
     begin int32 [n, nb + 1], entries int32 [n, nnz]: blocks of `stream` for each block of `stay`.
     lists: rows of a block of `stay` and of `stream`, multiples of TILE. lse, delta float32 [n, padded queries].
-    clamp: `stream` has keys behind its end. They are zeros and add nothing as long as P stays finite.
+    clamp: there are keys behind the last one. They are zeros and add nothing as long as P stays finite.
     """
     b, length, heads, dim = stay.shape
     block, streamed = lists

@@ -73,7 +73,9 @@ def block_sparse_attention(
         sizes = {"scale": scale, "block_q": block_q, "block_k": block_k, "interpret": interpret}
         if quantized:
             return kernels.sage_forward(q, k, v, block_index, smooth_k=True, **sizes)
-        backward = None if (op := _backward_kernel(q)) is None else functools.partial(op, **sizes)
+        # The interpreter's callbacks have an order, which a derivative's linear_call cannot carry: there XLA goes back.
+        op = None if interpret else _backward_kernel(q)
+        backward = op and functools.partial(op, **sizes)
         return derivative_of(xla, functools.partial(kernels.sparse_forward, **sizes), backward)(q, k, v, block_index)
 
     unsupported = attention_refusal(q, implementation, scale, block_q, block_k)
