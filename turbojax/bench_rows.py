@@ -81,16 +81,18 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array
     return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
-def timed(program: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, warm_up: bool) -> list[float]:
-    """Seconds of each of `repeats` runs, after one that is not counted where `warm_up`."""
+def timed(
+    program: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, warm_up: bool
+) -> tuple[list[float], Any]:
+    """Seconds of each of `repeats` runs, after one that is not counted where `warm_up`, and the last run's result."""
     if warm_up:
         jax.block_until_ready(program(*arguments))
-    seconds = []
+    seconds, result = [], None
     for _ in range(repeats):
         begun = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
+        result = jax.block_until_ready(program(*arguments))
         seconds.append(time.perf_counter() - begun)
-    return seconds
+    return seconds, result
 
 
 def latent_shape(preset: Preset, size: tuple[int, int], frames: int = FRAMES) -> tuple[int, int, int, int, int]:
@@ -172,8 +174,7 @@ def _rung(preset, graphdef, states, attention, guided, repeats, inputs) -> dict[
     compile_seconds = time.perf_counter() - begun
     analysis = compiled.memory_analysis()
     # The baseline runs for seconds to a minute: a first run's set-up does not show.
-    seconds = timed(compiled, (states, *inputs), 1 if guided else repeats, warm_up=not guided)
-    result = compiled(states, *inputs)
+    seconds, result = timed(compiled, (states, *inputs), 1 if guided else repeats, warm_up=not guided)
     median = sorted(seconds)[len(seconds) // 2]
     out: dict[str, Any] = {
         "seconds": [round(s, 4) for s in seconds],
