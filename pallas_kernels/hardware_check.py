@@ -1,6 +1,6 @@
 """Every attention op on the GPU that is here, against a float32 reference, and how long it takes.
 
-    python -m pallas_kernels.hardware_check --json OUT            accuracy, about 3 minutes
+    python -m pallas_kernels.hardware_check --json OUT            accuracy, 10 to 20 s a case; --only TEXT for some
     python -m pallas_kernels.hardware_check --bench --json OUT    times at 32,760 tokens, beside cuDNN attention
 
 Cases run in a child process, so that one that hangs or corrupts the GPU's state costs only itself.
