@@ -9,6 +9,9 @@ memory by TMA. Lists for 128 query rows are shared by the two (one ring); lists 
 
 In 16 bits Q, K, V and P stay bfloat16 or float16, without scales and with V as it is.
 
+Scores run a step ahead: Q K(i)^T goes to the tensor cores with P(i-1) V(i-1), and the warpgroups take turns there.
+With a linear branch the output gets f(q) times its matrix at the end, f(q) from the tile of Q.
+
 Each product P8 V8 starts from zero and is added in float32: a Hopper FP8 accumulator keeps about 22 bits.
 
 Roofline on H100 (1,979 TOPS in INT8 and FP8, 16 exp2 a cycle and SM at 1.755 GHz, 3.35 TB/s), head_dim 128:
@@ -16,7 +19,7 @@ Roofline on H100 (1,979 TOPS in INT8 and FP8, 16 exp2 a cycle and SM at 1.755 GH
     75,600 tokens, 40 heads    117 TOP: 59 ms              2.3e11 exp2: 62 ms     1.9 GB: 0.6 ms
 Block lists at top-k 0.1 take a tenth. wgmma and exp2 bound it alike, and a scheduler issues about as many cycles
 (523 instructions a warp for 64 x 128 scores), so what is reached depends on one warpgroup multiplying while the
-other takes its softmax.
+other takes its softmax. Reached: docs/h100.md; what was tried: docs/h100_attempts.md.
 """
 
 from __future__ import annotations
@@ -343,12 +346,12 @@ def hopper_attention(
             acc = acc * hw.per_row(alpha, acc) + pv
             hw.last_turn(wg, interpret)
 
-            def linear_branch():
+            def linear_branch(feature_map):
                 """Its products and the output go where the queries were: nothing reads them any more."""
                 tile = ref["tile_smem"].at[wg]
                 if quantized:
                     plgpu.barrier_wait(ref["raw_full"].at[wg])
-                f = FEATURE_MAPS[linear.feature_map](plgpu.load(tile, layout=hw.TILE).astype(jnp.float32))
+                f = FEATURE_MAPS[feature_map](plgpu.load(tile, layout=hw.TILE).astype(jnp.float32))
                 f = f.astype(dtype).astype(jnp.float32)
                 f_sum = plgpu.load(ref["f_sum"].at[head], layout=hw.PER_COLUMN, optimized=False)
                 norm = (f * hw.per_column(f_sum, f)).sum(axis=1) + DENOMINATOR_EPS
@@ -363,7 +366,7 @@ def hopper_attention(
                 v_scale = plgpu.load(ref["v_scale"].at[head], layout=hw.PER_COLUMN, optimized=False)
                 acc = acc * hw.per_column(v_scale, acc)
             if linear is not None:
-                acc = acc + linear_branch()
+                acc = acc + linear_branch(linear.feature_map)
             ref["tile_smem"].at[wg][...] = acc.astype(dtype)
             ref["lse_smem"].at[wg][...] = m + jnp.log2(total) - offset
             plgpu.commit_smem()
