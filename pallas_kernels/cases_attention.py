@@ -13,6 +13,7 @@ from pallas_kernels.aot import Case
 from pallas_kernels.block_map import num_selected
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.sage_attention import sage_attention
+from pallas_kernels.sparse_linear_attention import sparse_linear_attention
 
 # Tokens, heads, head_dim: Wan 1.3B at 480p and 14B at 720p (81 frames); the other head_dim; a length that is not a
 # multiple of the 8 rows that TMA moves at least.
@@ -45,6 +46,28 @@ def compile_cases() -> list[Case]:
                 targets = _targets(shape, (block_q, block_k))
                 if targets:
                     cases.append(Case(name, sparse, (x, x, x, index), targets))
+    return cases + _fused_cases()
+
+
+def _fused_cases() -> list[Case]:
+    """Sparse-linear attention, fused on Hopper alone: elsewhere it is the cases above beside XLA."""
+    tokens, heads, dim = SHAPES[0]
+    x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
+    projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
+    block_q, block_k = BLOCKS[0]
+    cases = []
+    for quantized in (True, False):
+        op = functools.partial(
+            sparse_linear_attention,
+            topk=TOPK,
+            block_q=block_q,
+            block_k=block_k,
+            quantized=quantized,
+            implementation="mosaic_gpu",
+        )
+        kind = "int8" if quantized else "bf16"
+        name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}"
+        cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=2))
     return cases
 
 
