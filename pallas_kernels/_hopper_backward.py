@@ -16,6 +16,7 @@ of the keys; 7 products of 64 x 64 x 128 a tile against the 5 of a dense backwar
     32,760 tokens, 12 heads    2.3 TFLOP: 2.3 ms of wgmma    2.6e9 exp2: 0.7 ms    1.3e6 tiles of 32 KiB from L2
     75,600 tokens, 40 heads    41 TFLOP: 41 ms               4.6e10 exp2: 12 ms    2.2e7 tiles
 wgmma bounds it; with both operands in shared memory and 64 columns, S and dP run at the rate that shared memory feeds.
+Measured on one H100 at the first shape: 4.0 ms, cuDNN's dense backward pass 30.4 ms.
 """
 
 from __future__ import annotations
@@ -160,17 +161,16 @@ def _gradients(
         def consume():
             plgpu.set_max_registers(232, action="increase")  # 504 = 3 x 168 in all: more hangs
             plgpu.barrier_wait(ref["stay_full"])
-            fixed = None if keys else _load_statistics(ref["lse_smem"], ref["delta_smem"], hw.PER_ROW)
+            fixed = None if keys else _load_statistics(hw.PER_ROW, ref["lse_smem"], ref["delta_smem"])
 
             def step(i, sums):
                 slot = lax.rem(i, STAGES)
                 plgpu.barrier_wait(ref["full"].at[slot])
                 stream, stream2 = ref["stream_smem"].at[slot], ref["stream2_smem"].at[slot]
-                if keys:
-                    lse, delta = _load_statistics(ref["lse_smem"].at[slot], ref["delta_smem"].at[slot], hw.PER_COLUMN)
-                    spread = hw.per_column
-                else:
-                    (lse, delta), spread = fixed, hw.per_row
+                lse, delta = fixed or _load_statistics(
+                    hw.PER_COLUMN, ref["lse_smem"].at[slot], ref["delta_smem"].at[slot]
+                )
+                spread = hw.per_column if keys else hw.per_row
 
                 def scores(s_acc, dp_acc):
                     plgpu.wgmma(s_acc, ref["stay_smem"], stream.transpose((1, 0)))
@@ -260,7 +260,7 @@ def _gradients(
     return kernel(*inputs.values())
 
 
-def _load_statistics(lse_smem, delta_smem, layout):
+def _load_statistics(layout, lse_smem, delta_smem):
     return tuple(plgpu.load(ref, layout=layout, optimized=False) for ref in (lse_smem, delta_smem))
 
 
@@ -272,7 +272,7 @@ def _add_products(sums, factors, stage):
             for accumulator, (left, right) in zip(accumulators, factors, strict=True):
                 plgpu.wgmma(accumulator, left.astype(right.dtype), right)
 
-        return lax.optimization_barrier(pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in sums)))
+        return lax.optimization_barrier(pl.run_state(run)(tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in sums)))
     out = []
     for i, (total, (left, right)) in enumerate(zip(sums, factors, strict=True)):
         left = hw.to_16bit(left, right.dtype, stage.at[i])
