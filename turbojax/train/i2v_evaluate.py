@@ -3,7 +3,8 @@
 Pictures are drawn fresh. Half of them are of the kinds that training saw, a quarter have the shape where no training
 picture had it, and a quarter have it larger or smaller than any.
 
-    python -m turbojax.train.i2v_evaluate --model tiny-i2v --out DIR
+    turbojax evaluate --model FOLDER --out DIR, or with a count of its own:
+    python -m turbojax.train.i2v_evaluate --model FOLDER --pairs 240 --out DIR
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def measure(model: str, out: Path, pairs: int, seed: int, options: Mapping[str, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure a small image-to-video model on freshly drawn pictures.")
-    parser.add_argument("--model", default="tiny-i2v", help="a shipped model or a folder of the same kind")
+    parser.add_argument("--model", required=True, help="an image-to-video pipeline's name or folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results, summary and sheet go here")
     parser.add_argument("--pairs", type=int, default=240, metavar="N", help="pictures and prompts (default: 240)")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
