@@ -17,7 +17,7 @@ from turbojax.config import DiTConfig, UMT5Config
 
 DIT = DiTConfig(dim=16, ffn_dim=24, num_heads=2, num_layers=2, text_dim=8, freq_dim=8)
 UMT5 = UMT5Config(vocab_size=11, dim=8, dim_attn=8, dim_ffn=12, num_heads=2, num_layers=2)
-ALL, SLICE, PART = 12_000, 400, 3_000
+ALL, SLICE, PART = 10_400, 400, 2_500
 
 
 @pytest.fixture(scope="module")
