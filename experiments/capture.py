@@ -71,7 +71,7 @@ def sample(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], sta
         return flow.guided(ask, guidance)(x, s) if settings.guided else ask(x, s)
 
     if settings.sampler.startswith("rcm"):
-        grid = {"num_steps": settings.steps, "sigma_max": settings.sigma_max}
+        grid = {"num_steps": settings.steps, "sigma_max": settings.sigma_max, "mid_times": settings.mid_times}
         rcm.sample(velocity, noise, step_noise, **grid, mode=settings.sampler.removeprefix("rcm-"))
     else:
         make = {"unipc": flow.unipc_solver, "euler": flow.euler_solver}[settings.sampler]

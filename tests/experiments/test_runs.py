@@ -1,8 +1,7 @@
-"""Whole experiments on a pipeline of random weights: outputs, resuming, and makers that agree with the pipeline."""
+"""Whole experiments on a pipeline of random weights: what they plan, write and find again."""
 
 import json
 
-import numpy as np
 import pytest
 import small_pipeline
 
@@ -15,7 +14,7 @@ from experiments import (
     sparsity_steps,
     training,
 )
-from experiments.clips import Clips, describe
+from experiments.clips import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*never learned the words")
 
@@ -48,17 +47,13 @@ def test_a_sweep_writes_rows_a_table_and_pictures_and_goes_on_where_it_stopped(m
     assert {p.name for p in tmp_path.glob("*.png")} == {"grid.png", "clips.png"}
 
 
-@pytest.mark.slow
-def test_a_sampler_with_times_of_its_own_makes_the_pipelines_clips_at_the_pipelines_times(model, tmp_path):
-    clips = Clips(tmp_path, model, clips=2, batch_size=2)
-    requests = [("a red circle moving right", 1), ("a blue square moving left", 2)]
-    arm = sampler.Arm("rcm-sde", 2)
-    ours, _, _ = sampler.own_maker(clips, arm)(requests)
-    theirs, _, _ = sampler.maker(clips, arm)(requests)
-    # One program is fused otherwise than the other: the last bit of a pixel may differ.
-    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 2
-    other, _, _ = sampler.own_maker(clips, sampler.Arm("rcm-sde", 2, sampler.LATE))(requests)
-    assert np.abs(np.asarray(other, int) - np.asarray(theirs, int)).max() > 2
+def test_arms_start_from_the_models_own_sampler_and_none_is_made_twice():
+    own = small_pipeline.config(sampler="rcm-sde", mid_times=sampler.MID_TIMES["paper"])
+    planned = sampler.arms((1, 4), (40.0, 80.0), own)
+    assert planned[0] == sampler.Arm("rcm-sde", 1, own.mid_times, own.sigma_max)
+    assert len(set(planned)) == len(planned)
+    assert {arm.mid_times for arm in planned if arm.steps == 4} == set(sampler.MID_TIMES.values())
+    assert {arm.sigma_max for arm in planned} == {40.0, 80.0}
 
 
 def test_a_description_compares_clip_by_clip():
