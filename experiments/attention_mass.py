@@ -1,13 +1,19 @@
 """Where attention goes: how much of its mass do the routed key blocks hold, and how much could the best choice hold?
 
-    python -m experiments.attention_mass                                   (see below for the time)
+    python -m experiments.attention_mass                                   (3 minutes on one busy core)
     python -m experiments.attention_mass --blocks 128x64,64x128 --topk 0.1 --model DIR
 
 SLA keeps, for a block of queries, the key blocks whose pooled keys score highest with the pooled query. In every
 layer, head and at four states of a sampling run this measures the share of the exact softmax mass inside the kept
 blocks, the share that the best choice of as many blocks would hold, and what a random choice holds on average.
 
-What came out: not run in full yet.
+What came out (the shipped student): routing by pooled scores is close to the best there is: it holds 94 to 99% of the
+mass that the best choice of as many blocks would, at every block size and share. At the model's own 16 x 8 blocks and
+top-k 0.25 it holds 61.3% of the mass, the best choice 62.7%; more noise makes it a little easier (62.5% at s = 0.99,
+59.6% at 0.51). What costs is coarseness: a tenth of the keys holds 37.5% in blocks of 16 x 8, 29.9% in 32 x 16 and
+22.0% in 64 x 32, and a better router could win almost none of that back. Heads differ far more than layers: at top-k
+0.25 from 31% (layer 0, head 3) to 92% (layer 1, head 0). One head is routed badly, layer 3's last: 8.7 points short of
+the best choice. 320 tokens have few blocks of the published sizes, so that several top-k keep the same number there.
 """
 
 from __future__ import annotations
