@@ -100,7 +100,8 @@ class Networks:
 
     def teacher_copy(self) -> PyTree:
         """The teacher's weights in float32: where the critic starts."""
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), self.teacher_params)
+        # Copies, also of what is float32 already: the critic's buffers are donated to each step, the teacher's are not.
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), self.teacher_params)
 
     def teacher(self, latents: Array, timestep: Array, context: Array) -> Array:
         """The teacher's velocity. Inside a step take the teacher from the batch: here it is a constant, compiled in."""
