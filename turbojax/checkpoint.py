@@ -227,17 +227,6 @@ def _flatten(tree: Mapping[Any, Any], prefix: tuple[Any, ...] = ()) -> Iterator[
             yield (*prefix, key), value
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
-
-
 def _config_text(component: Component) -> str:
     storage = {"dtype": component.dtype, "quantized": quantized_layout(component.leaves)}
     fields = json.loads(configs.to_json(component.config)) | {"storage": storage}
@@ -425,7 +414,7 @@ def _write_orbax(path: Path, leaves: Mapping[str, Leaf], progress: Callable[[int
         registry = ocp.type_handlers.create_type_handler_registry((Leaf, _leaf_handler(ocp, progress)))
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(_nest(leaves)))
+            checkpointer.save(path, args=ocp.args.PyTreeSave(configs.nested(leaves)))
 
 
 def _leaf_handler(ocp: Any, progress: Callable[[int], object]) -> Any:
@@ -480,7 +469,7 @@ def _write_chunk(folder: Path, leaf: Leaf, start: int, rows: np.ndarray) -> int:
 
 def _restore_orbax(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     with _orbax() as ocp:
-        tree = _nest(wanted)
+        tree = configs.nested(wanted)
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         args = ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:

@@ -196,3 +196,15 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise KeyError(f"unknown model {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optimizer.learning_rate": x} as {"optimizer": {"learning_rate": x}}."""
+    tree: dict[str, Any] = {}
+    for name, value in dotted.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree

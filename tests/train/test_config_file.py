@@ -6,10 +6,11 @@ import json
 import pytest
 
 from turbojax.cli import main
+from turbojax.config import nested
 from turbojax.errors import UserError
 from turbojax.train import config_file
 from turbojax.train.cli import settings
-from turbojax.train.config_file import nested, overlay, read_config, remember
+from turbojax.train.config_file import overlay, read_config, remember
 from turbojax.train.rcm_stage import RCMConfig
 from turbojax.train.sla import SLAConfig
 from turbojax.train.trigflow import LogNormal, UniformShift

@@ -142,8 +142,9 @@ def run(args: argparse.Namespace) -> int:
 
 def configured(args: argparse.Namespace) -> tuple[Any, Any]:
     """(run, configuration) of a parsed command line. Raises UserError for what is unknown or of the wrong type."""
+    from turbojax.config import nested
     from turbojax.errors import UserError
-    from turbojax.train.config_file import nested, read_config
+    from turbojax.train.config_file import read_config
 
     file = read_config(args.config) if args.config else {}
     stage = file.pop("stage", args.stage)

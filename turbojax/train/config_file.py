@@ -37,18 +37,6 @@ def read_config(name: str | Path) -> dict[str, Any]:
     return settings
 
 
-def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """{"optimizer.learning_rate": x} as {"optimizer": {"learning_rate": x}}."""
-    tree: dict[str, Any] = {}
-    for name, value in dotted.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
 def overlay[T](default: T, settings: Mapping[str, Any], where: str = "") -> T:
     """`default`, a dataclass, with `settings` in place of some fields; tables reach into nested dataclasses.
 
