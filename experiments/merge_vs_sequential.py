@@ -7,9 +7,10 @@
     sequential   the student with SLA, then rCM on it with sparse attention
     dense        the student by rCM alone, for what sparsity costs
 
-All start from the same teacher and see the same clips; both students have had the same numbers of updates. The one to
-be merged learns to answer as the teacher does without guidance, since guidance enters by rCM's change; the one to go on
-from learns the guided answer. Every stage resumes: give the same command again.
+All start from the same teacher and see the same clips; both students have had the same numbers of updates, with the
+settings of the shipped student (`turbojax/train/configs/tiny-sla.toml`, `tiny-rcm.toml`). The one to be merged learns
+to answer as the teacher does without guidance, since guidance enters by rCM's change; the one to go on from learns the
+guided answer. Every stage resumes: give the same command again.
 
 What came out: not run in full yet.
 """
@@ -21,6 +22,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from convert import merge_checkpoints
 from experiments.command import Command, run
@@ -28,6 +30,8 @@ from turbojax.attention import DENSE
 from turbojax.cli_evaluate import measured, read_prompts, subject, write
 from turbojax.errors import UserError
 from turbojax.pipeline_config import find_pipeline
+from turbojax.train.cli import settings
+from turbojax.train.config_file import read_config
 from turbojax.train.launch import train_student
 from turbojax.train.rcm_stage import RCMConfig
 from turbojax.train.sla import SLAConfig
@@ -36,15 +40,24 @@ from turbojax.train.student import SLA, StudentRun
 SPARSE, ARMS = dataclasses.replace(SLA, kind="sla"), ("merged", "sequential", "dense")
 
 
+def shipped(stage: str) -> Any:
+    """The settings that the shipped student was trained with."""
+    file = read_config(f"tiny-{stage}")
+    del file["stage"]
+    return settings(stage, file)[1]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     command = Command(__doc__ or "", "merge_vs_sequential", model="tiny-teacher")
     command.option("pca", "runs/vae/pca.npz", "runs/vae/pca.npz", "codec of the training clips")
-    command.option("sla_steps", 600, 2, "updates of SLA")
-    command.option("rcm_steps", 1300, 3, "updates of rCM, student and critic together")
+    command.option("sla_steps", shipped("sla").steps, 2, "updates of SLA")
+    command.option("rcm_steps", shipped("rcm").steps, 3, "updates of rCM, student and critic together")
     command.option("clips", 16_384, 16, "scenes to train on")
     command.option("seeds", 7, 1, "clips of each prompt to measure")
     command.option("prompts", 48, 2, "prompts to measure")
     command.option("guidance", 2.0, 2.0, "of the teacher, which the students take in")
+    angles = find_pipeline("tiny").spec.config.mid_times
+    command.option("mid_times", angles, angles, "TrigFlow angles of the later steps")
     args = command.parse(argv)
     if not Path(args.pca).is_file():
         raise UserError(f"--pca {args.pca}: no such file; `turbojax train vae --part pca` makes it")
@@ -71,8 +84,9 @@ def train(args: argparse.Namespace) -> dict[str, Path]:
         train_student(dataclasses.replace(common, out=args.out / name, export=export, start=start), config)
         return export
 
-    sla = SLAConfig(steps=args.sla_steps, attention=SPARSE)
-    rcm = RCMConfig(steps=args.rcm_steps, guidance=args.guidance, student_every=2, tangent_warmup=args.rcm_steps // 13)
+    sla = dataclasses.replace(shipped("sla"), steps=args.sla_steps, guidance=1.0, attention=SPARSE)
+    rcm = dataclasses.replace(shipped("rcm"), steps=args.rcm_steps, guidance=args.guidance)
+    rcm = dataclasses.replace(rcm, tangent_warmup=rcm.tangent_warmup * args.rcm_steps // shipped("rcm").steps)
     dense = student("rcm-dense", dataclasses.replace(rcm, attention=DENSE))
     apart = student("sla-unguided", sla)
     guided = student("sla-guided", dataclasses.replace(sla, guidance=args.guidance))
@@ -88,8 +102,9 @@ def pipeline(args: argparse.Namespace, arm: str, dit: Path) -> Path:
     attention = DENSE if arm == "dense" else SPARSE
     parts = {name: str(path.absolute()) for name, path in ({**found.paths, "dit": dit}).items()}
     config = dataclasses.replace(
-        found.spec.config, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), attention=attention.kind,
-        topk=attention.topk, block_q=attention.block_q, block_k=attention.block_k, parts=parts,
+        found.spec.config, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), mid_times=args.mid_times,
+        attention=attention.kind, topk=attention.topk, block_q=attention.block_q, block_k=attention.block_k,
+        parts=parts,
     )  # fmt: skip
     folder = args.out / "pipelines" / arm
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,3 +54,9 @@ def test_the_merged_student_is_the_dense_one_plus_what_sparsity_taught(tmp_path,
     kinds = [find_pipeline(student.model).spec.config.attention for student in students]
     assert kinds == ["sla", "sla", "dense"]
     assert {find_pipeline(s.model).spec.config.sampler for s in students} == {"rcm-sde"}
+
+
+def test_the_arms_train_as_the_shipped_student_did():
+    sla, rcm = experiment.shipped("sla"), experiment.shipped("rcm")
+    assert sla.attention == rcm.attention == dataclasses.replace(experiment.SLA, kind="sla")
+    assert (rcm.student_every, rcm.tangent_warmup) == (2, 60)
