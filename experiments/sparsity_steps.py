@@ -1,13 +1,20 @@
 """Sparsity and steps: how few key blocks and how few steps still give the clip that was asked for?
 
-    python -m experiments.sparsity_steps                                   (see below for the time)
+    python -m experiments.sparsity_steps                                   (16 minutes on one busy core)
     python -m experiments.sparsity_steps --steps 2,4 --topk 0.1,0.5 --clips 96 --out runs/mine
 
 Every cell makes the same clips (prompt and seed) with one top-k and one number of steps. "All right" is colour, shape
 and motion together; fit is the PSNR of a clip against the ideal clip of what it shows; agreement is the PSNR against
 the clip of the same seed and steps at the largest top-k, so it isolates what sparsity changes.
 
-What came out: not run in full yet.
+What came out (the shipped student, 48 clips a cell): three quarters of the key blocks can go. At top-k 0.25, which the
+student was trained with, and at 0.5 nothing is lost that 48 clips could show: fit changes by 0.2 dB or less at every
+number of steps, with intervals from -0.8 to +0.5. It is another clip than the one of all keys (they agree to 22 dB),
+but as good a one. At 0.1 it breaks: 1.8 to 2.7 dB, and 13 to 38 points fewer clips that are all right. Below that most
+clips are wrong, and more steps do not mend it: with a single block of keys fit is 16 dB in one step and 12 in four.
+Steps count for as much: at top-k 0.25 one step gets 67% of the clips all right and two 88%, with 2.6 dB more; the third
+adds 1.1 dB, the fourth 0.3, which is inside the intervals. Diversity falls as attention sees more, from 1.1 at a tenth
+of the keys to 0.7 at all of them: part of what looks like variety is error.
 """
 
 from __future__ import annotations
@@ -88,7 +95,7 @@ def report(clips: Clips, grid: dict[tuple[int, float], list[Row]], attention: An
     maps = {"DiT seconds a clip": (matrix(lambda rows, _: seconds(rows)), 3, "magma_r")}
     if len(topk) > 1:
         agreement = lambda rows, _: np.mean([r.get("psnr", np.nan) for r in rows])  # noqa: E731
-        maps["agreement with the largest top-k, dB"] = matrix(agreement), 1, "viridis"
+        maps[f"agreement with top-k {topk[-1]:g}, dB"] = matrix(agreement), 1, "viridis"
     if clips.readable:
         maps = {
             "all right, %": (matrix(lambda rows, _: 100 * np.mean([right(r) for r in rows])), 0, "viridis"),
@@ -102,7 +109,8 @@ def report(clips: Clips, grid: dict[tuple[int, float], list[Row]], attention: An
     if clips.readable:
         pareto(axes[0, -1], grid, steps, topk)
     save(fig, clips.out / "grid.png")
-    cells = {(f"{n} steps", f"top-k {share:g}"): cell(attention, n, share) for n in steps for share in topk}
+    name = {n: f"{n} step" + "s" * (n > 1) for n in steps}
+    cells = {(name[n], f"top-k {share:g}"): cell(attention, n, share) for n in steps for share in topk}
     clips.sheet(cells, "the same two clips in every cell, four frames each")
 
 
@@ -110,7 +118,8 @@ def pareto(axes: Any, grid: dict[tuple[int, float], list[Row]], steps: Sequence[
     """Fit against time, one line a number of steps; the black outline joins the cells that nothing beats."""
     points = {key: (seconds(rows), float(np.mean([r["fit"] for r in rows]))) for key, rows in grid.items()}
     for n in steps:
-        axes.plot(*zip(*(points[n, share] for share in topk), strict=True), "o-", label=f"{n} steps", markersize=4)
+        line = zip(*(points[n, share] for share in topk), strict=True)
+        axes.plot(*line, "o-", label=f"{n} step" + "s" * (n > 1), markersize=4)
     best, front = -np.inf, []
     for time, fit in sorted(points.values()):
         if fit > best:
