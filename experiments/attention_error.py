@@ -12,9 +12,9 @@ What came out (the shipped student, relative L1): the values cost more than the 
 for Q and K 0.36%, both together 1.06% at a cosine of 0.9999; FP8 for Q and K would be 1.55%, four times INT8's. Finer
 scales buy little: 0.25% with one a token, 0.38% with one a head. These weights are tame, so on them the tricks hardly
 show (0.40% without smoothing, 0.51% without rotation); where keys are shifted smoothing takes 1.87% to 0.36%, where a
-channel is spiked rotation takes 5.1% to 1.6%. A surprise: for FP8 with a spiked channel the tricks do harm, 8.1% against
-2.7% without: a float has an exponent for one large channel, until rotation spreads it over all of them. It hurts most at
-high noise and in the first layer (1.6%), least late in the last (0.8%); the worst head is off by 2.9%.
+channel is spiked rotation takes 5.1% to 1.6%. A surprise: with a spiked channel they do harm to FP8, 8.1% against 2.7%
+without: a float has an exponent for one large channel, until rotation spreads it over all. It hurts most at high noise
+and in the first layer (1.6%), least late in the last (0.8%); the worst head is off by 2.9%.
 """
 
 from __future__ import annotations
