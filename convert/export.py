@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -12,13 +14,16 @@ from convert.errors import CheckpointError
 from convert.infer import METADATA_KEY
 from convert.progress import byte_progress
 from convert.safetensors_file import write_safetensors
-from convert.tables import NAMINGS, Entry, Naming, entries
+from convert.tables import Entry, Naming, entries
 from convert.tensors import Leaf, copy_into
 from convert.transforms import TRANSFORMS, Shape
 from turbojax import config as configs
 from turbojax.checkpoint import Component, quantized_layout
 from turbojax.config import DiTConfig
 
+Format = Literal["wan", "diffusers", "turbodiffusion"]
+# format -> names. TurboDiffusion's are Wan's, but its patch embedding is a Linear where Wan's is a Conv3d.
+FORMATS: Mapping[str, Naming] = {"wan": "wan", "diffusers": "diffusers", "turbodiffusion": "wan"}
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -26,21 +31,22 @@ def export_checkpoint(
     source: str | Path,
     out: str | Path,
     *,
-    format: Naming = "wan",
+    format: Format = "wan",
     dtype: str | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> None:
     """Write a converted component, or any checkpoint that can be converted, as OUT.safetensors.
 
-    format: "wan" (also TurboDiffusion's names, where the model has SLA or int8 weights) or "diffusers".
+    format: "wan", "diffusers" or "turbodiffusion" (whose DiT has its patch embedding as a matrix; so has "wan" for a
+    model with SLA or int8 weights, which only TurboDiffusion can hold).
     dtype: of all float tensors; None: as they are kept, which gives back the very bits that were converted.
     The config goes into the header, so that converting the file again needs no guess.
     Raises CheckpointError for what the format has no name for, or an `out` that is there already.
     """
     out = Path(out)
-    if format not in NAMINGS:
-        raise CheckpointError(f"unknown format {format!r}; known: {', '.join(NAMINGS)}")
+    if format not in FORMATS:
+        raise CheckpointError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     if out.suffix != ".safetensors":
         raise CheckpointError(f"{out}: exports are safetensors files; call it {out.name}.safetensors")
     if out.exists() and not overwrite:
@@ -60,11 +66,13 @@ def export_checkpoint(
         raise CheckpointError(f"{out} could not be written: {error.strerror or error}") from error
 
 
-def exported(component: Component, format: Naming, source: str | Path = "component") -> dict[str, Leaf]:
+def exported(component: Component, format: Format, source: str | Path = "component") -> dict[str, Leaf]:
     """Every tensor of the format, each made when it is read."""
     layout = quantized_layout(component.leaves)
     if format == "diffusers" and layout:
-        raise CheckpointError(f"{source}: has int8 weights, for which diffusers has no names; use --format wan")
+        raise CheckpointError(
+            f"{source}: has int8 weights, for which diffusers has no names; use --format turbodiffusion"
+        )
     if "channel" in layout.values():
         raise CheckpointError(
             f"{source}: its int8 weights have one scale a channel; TurboDiffusion's files have one a 128 x 128 block"
@@ -72,13 +80,12 @@ def exported(component: Component, format: Naming, source: str | Path = "compone
     config = component.config
     patch = config.patch_size if isinstance(config, DiTConfig) else ()
     try:
-        table = list(entries(config, format, layout))
+        table = list(entries(config, FORMATS[format], layout))
     except KeyError as error:
         raise CheckpointError(
-            f"{source}: {format} has no name for {error.args[0]}, which SLA needs; use --format wan"
+            f"{source}: {format} has no name for {error.args[0]}, which SLA needs; use --format turbodiffusion"
         ) from error
-    # SLA and int8 weights are TurboDiffusion's, whose patch embedding is a Linear where Wan's is a Conv3d.
-    turbo = bool(layout) or (isinstance(config, DiTConfig) and config.linear_branch)
+    turbo = format == "turbodiffusion" or bool(layout) or (isinstance(config, DiTConfig) and config.linear_branch)
     return {entry.source: _leaf(component.leaves[entry.target], entry, patch, turbo) for entry in table}
 
 

@@ -27,7 +27,7 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_musubi_wan_lora_to_diffusers,
     _convert_non_diffusers_wan_lora_to_diffusers,
 )
-from references import load_file, turbo_model, wan_model
+from references import load_file, turbo_model, wan_model, wan_umt5
 from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -249,12 +249,7 @@ def vaes() -> None:
 @torch.no_grad()
 def text_encoders() -> None:
     """umT5 as Wan's bf16 .pth and as transformers' folder."""
-    torch.cuda.current_device = lambda: 0
-    sys.modules["stand_in_t5"] = ModuleType("stand_in_t5")
-    sys.modules["stand_in_t5"].__path__ = []
-    sys.modules["stand_in_t5.tokenizers"] = SimpleNamespace(HuggingfaceTokenizer=None)
-    t5 = load_file(WAN21 / "wan/modules/t5.py", "stand_in_t5.t5")
-    encoder = fill(t5.T5Encoder(100, 48, 48, 96, num_heads=4, num_layers=2, num_buckets=32, shared_pos=False))
+    encoder = fill(wan_umt5(WAN21, 100, 48, 48, 96, 4, 2))
     ids = torch.from_numpy(np.random.RandomState(0).randint(2, 100, (2, 10)))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0

@@ -48,6 +48,18 @@ def wan_model(checkout: Path, **config) -> torch.nn.Module:
     return load_file(checkout / "wan/modules/model.py", f"{package}.model").WanModel(**config).eval()
 
 
+def wan_umt5(
+    checkout: Path, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int
+) -> torch.nn.Module:
+    """T5Encoder of Wan 2.1 with umT5's own position bias in each layer."""
+    torch.cuda.current_device = lambda: 0
+    sys.modules["stand_in_t5"] = ModuleType("stand_in_t5")
+    sys.modules["stand_in_t5"].__path__ = []
+    sys.modules["stand_in_t5.tokenizers"] = SimpleNamespace(HuggingfaceTokenizer=None)
+    make = load_file(checkout / "wan/modules/t5.py", "stand_in_t5.t5").T5Encoder
+    return make(vocab, dim, dim_attn, dim_ffn, num_heads, num_layers, num_buckets=32, shared_pos=False).eval()
+
+
 def turbo_model(checkout: Path, *, network: str = "wan2pt1", **config) -> torch.nn.Module:
     """WanModel of TurboDiffusion (rcm/networks/wan2pt1.py, or wan2pt2.py for image to video)."""
     root = str(checkout / "turbodiffusion")
