@@ -34,6 +34,9 @@ def read_component(
     """
     path = Path(path)
     if is_component_folder(path):
+        if model is not None or prefix is not None:
+            option, value = ("model", model) if model is not None else ("prefix", prefix)
+            raise CheckpointError(f"{path}: is converted already, so {option} {value!r} has nothing to choose")
         return cast(open_component(path), dtype)
     return cast(assemble(recognise(open_source(path), model=model, prefix=prefix)), dtype)
 

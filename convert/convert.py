@@ -15,7 +15,7 @@ from convert.lora import apply_lora
 from convert.merge import merge
 from convert.progress import byte_progress
 from convert.tokenizer import convert_tokenizer
-from turbojax.checkpoint import Component, Format, new_folder, save_component
+from turbojax.checkpoint import Component, Format, new_folder, quantized_layout, save_component
 from turbojax.config import PRESETS, DiTConfig, UMT5Config, VAEConfig
 from turbojax.pipeline_config import PipelineConfig
 
@@ -100,7 +100,8 @@ def convert_pipeline(
     with new_folder(out, overwrite=overwrite) as folder:
         total = sum(component.nbytes for component in components.values())
         with byte_progress(total, Path(out).name, progress) as done:
-            convert_tokenizer(tokenizer, folder / "tokenizer")
+            words = convert_tokenizer(tokenizer, folder / "tokenizer")
+            words.check_fits(components["text_encoder"].config)
             for part, component in components.items():
                 save_component(folder / part, component, format=format, progress=done)
         (folder / "pipeline.json").write_text(config.to_json(), encoding="utf-8")
@@ -135,9 +136,11 @@ def _pipeline_config(components: dict[str, Component], model: str | None) -> Pip
         raise CheckpointError(
             f"{model} has {'one expert' if experts else 'two experts: name the other with --dit-low'}"
         )
+    # Weights that are int8 already cannot run in any other way.
+    quant = "w8a8" if quantized_layout(components["dit"].leaves) else "none"
     if not dit.linear_branch:
-        return PipelineConfig.from_preset(model)
+        return PipelineConfig.from_preset(model, quant=quant)
     # A TurboDiffusion checkpoint: distilled to few steps without guidance, trained with sparse-linear attention.
     return PipelineConfig.from_preset(
-        model, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), attention="sagesla", round_timestep=True
+        model, sampler="rcm-sde", steps=4, guidance=(1.0, 1.0), attention="sagesla", round_timestep=True, quant=quant
     )

@@ -12,6 +12,7 @@ from convert.assemble import assemble, is_component_folder
 from convert.errors import CheckpointError
 from convert.lora import read_lora
 from convert.recognise import is_lora, recognise
+from convert.release import find_parts, is_release
 from convert.source import Source, open_source
 from turbojax.checkpoint import Component, open_component, quantized_layout
 from turbojax.config import PRESETS, DiTConfig, UMT5Config, VAEConfig
@@ -25,6 +26,8 @@ def inspect(path: str | Path) -> str:
     path = Path(path)
     if (path / "pipeline.json").is_file():
         return "\n".join(_pipeline(path))
+    if is_release(path):
+        return "\n".join(_release(path))
     if is_component_folder(path):
         component = open_component(path)
         return "\n".join([f"{path}: converted {_kind(component)}", *_component(component)])
@@ -56,6 +59,18 @@ def _pipeline(folder: Path) -> list[str]:
         component = open_component(place)
         lines += [f"{part}: {_kind(component)}", *_component(component)]
     return lines
+
+
+def _release(folder: Path) -> Iterable[str]:
+    parts = find_parts(folder)
+    yield f"{folder}: a whole model: {', '.join(parts)}"
+    for part, place in parts.items():
+        if part == "tokenizer":
+            yield f"{part}: {place}"
+            continue
+        component = assemble(recognise(open_source(place)))
+        yield f"{part}: {place}: would become a {_kind(component)}"
+        yield from _component(component)
 
 
 def _lora(source: Source) -> Iterable[str]:

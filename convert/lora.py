@@ -1,7 +1,9 @@
 """LoRA files in the styles of the field, merged into a component: weight + strength * alpha / rank * (up @ down).
 
     diffusers     transformer.blocks.0.attn1.to_q.lora_A.weight      (alpha in the header's `lora_adapter_metadata`)
-    original      diffusion_model.blocks.0.self_attn.q.lora_down.weight, .alpha, .diff (weight), .diff_b (bias)
+    original      diffusion_model.blocks.0.self_attn.q.lora_down.weight, .alpha, .diff (weight), .diff_b (bias);
+                  diffusion_model.blocks.0.diff_m (the modulation table)
+    peft          base_model.model.blocks.0.self_attn.q.lora_A.weight       (alpha in adapter_config.json beside it)
     kohya         lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha
 
 Sources: diffusers' `loaders/lora_conversion_utils.py`, peft's `LoraLayer` (scaling), musubi-tuner's `networks/lora.py`.
@@ -31,15 +33,17 @@ from turbojax.config import DiTConfig
 _PREFIXES = (
     "base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
 )  # fmt: skip
-_PARTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), part)
-    for pattern, part in (
-        (r"\.(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$", "down"),
-        (r"\.(lora_B(\.\w+)?|lora_up|lora\.up)\.weight$", "up"),
-        (r"\.lora_B(\.\w+)?\.bias$", "up_bias"),
-        (r"\.alpha$", "alpha"),
-        (r"\.diff$", "diff"),
-        (r"\.diff_b$", "diff_b"),
+# pattern -> what it is, and what the module's name lacks
+_PARTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
+    (re.compile(pattern), part, rest)
+    for pattern, part, rest in (
+        (r"\.(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$", "down", ""),
+        (r"\.(lora_B(\.\w+)?|lora_up|lora\.up)\.weight$", "up", ""),
+        (r"\.lora_B(\.\w+)?\.bias$", "up_bias", ""),
+        (r"\.alpha$", "alpha", ""),
+        (r"\.diff$", "diff", ""),
+        (r"\.diff_b$", "diff_b", ""),
+        (r"\.diff_m$", "diff", ".modulation"),
     )
 )
 _METADATA = "lora_adapter_metadata"
@@ -132,11 +136,11 @@ def read_lora(source: Source) -> list[Update]:
     troubles: list[str] = []
     scales = _adapter_scales(source)
     for key, tensor in source.tensors.items():
-        match = next(((m, part) for pattern, part in _PARTS if (m := pattern.search(key))), None)
+        match = next(((m, part, rest) for pattern, part, rest in _PARTS if (m := pattern.search(key))), None)
         if match is None:
             troubles.append(f"{key} is of an unknown kind")
             continue
-        module, part = _stripped(key[: match[0].start()]), match[1]
+        module, part = _stripped(key[: match[0].start()]) + match[2], match[1]
         if part in found[module]:
             troubles.append(f"{key} occurs twice")
         if tensor.dtype.kind != "f" and not tensor.dtype.name.startswith(("bfloat16", "float8")):
@@ -191,20 +195,19 @@ def _scale(alpha: StoredTensor | None, adapter: Callable[[str, int], float], mod
 
 
 def _adapter_scales(source: Source) -> Callable[[str, int], float]:
-    """alpha / rank (or / sqrt(rank)) by module from the header that diffusers writes; 1 without one."""
+    """alpha / rank (or / sqrt(rank)) by module, from diffusers' header or peft's config; 1 without either."""
     text = source.metadata.get(_METADATA)
-    if text is None:
+    if text is None and "peft_type" not in source.config:
         return lambda module, rank: 1.0
     try:
-        fields = {
-            key.split(".", 1)[1] if key.startswith("transformer.") else key: v for key, v in json.loads(text).items()
-        }
+        told = source.config if text is None else json.loads(text)
+        fields = {key.removeprefix("transformer."): v for key, v in told.items()}
         alpha, patterns = fields.get("lora_alpha"), dict(fields.get("alpha_pattern") or {})
         rooted = bool(fields.get("use_rslora", False))
         alphas = {name: float(value) for name, value in patterns.items()}
         default = None if alpha is None else float(alpha)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{source.path}: its {_METADATA} is damaged: {str(error)[:80]}") from error
+        raise CheckpointError(f"{source.path}: its alpha cannot be read: {str(error)[:80]}") from error
 
     def scale(module: str, rank: int) -> float:
         value = next((a for name, a in alphas.items() if module == name or module.endswith(f".{name}")), default)

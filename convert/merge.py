@@ -27,7 +27,7 @@ def merge(base: Component, target_base: Component, target: Component, weight: fl
     for name, component in (("base", base), ("target base", target_base), ("target", target)):
         if any(path.endswith(".weight_q") for path in component.leaves):
             raise CheckpointError(f"the {name} has int8 weights; merge the bf16 models, then quantise")
-    config = _config(base, target)
+    config = _config(base, target_base, target)
     troubles = []
     for path, leaf in base.leaves.items():
         for name, other in (("target base", target_base), ("target", target)):
@@ -49,11 +49,12 @@ def merge(base: Component, target_base: Component, target: Component, weight: fl
     return Component(config, leaves | new, base.dtype)
 
 
-def _config(base: Component, target: Component) -> ComponentConfig:
+def _config(base: Component, target_base: Component, target: Component) -> ComponentConfig:
     """The base's, with the linear branch where the target brings one."""
+    for other in (target_base, target):
+        if type(base.config) is not type(other.config):
+            raise CheckpointError(f"cannot merge a {type(other.config).__name__} into a {type(base.config).__name__}")
     if not isinstance(base.config, DiTConfig) or not isinstance(target.config, DiTConfig):
-        if type(base.config) is not type(target.config):
-            raise CheckpointError(f"cannot merge a {type(target.config).__name__} into a {type(base.config).__name__}")
         return base.config
     branch = base.config.linear_branch or target.config.linear_branch
     return dataclasses.replace(base.config, linear_branch=branch)

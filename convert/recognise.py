@@ -47,8 +47,8 @@ _TRAINER_STATE = {
     "grad_scaler", "scaler", "callbacks", "loops", "trainer", "rng", "rng_state",
 }  # fmt: skip
 
-# Parts of a larger model, of which only the rest is wanted.
-_UNUSED: Mapping[str, tuple[str, ...]] = {"umt5": ("decoder.", "lm_head.")}
+# Parts of a larger model, of which only the rest is wanted, and the tokenizer that some writers put among them.
+_UNUSED: Mapping[str, tuple[str, ...]] = {"umt5": ("decoder.", "lm_head.", "spiece_model")}
 # Tied to another tensor, and stored beside it by some writers.
 _TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 

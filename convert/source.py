@@ -57,6 +57,8 @@ def open_source(path: str | Path) -> Source:
         return _open_shards(file, config)
     if file.suffix in _OTHER_FORMATS:
         raise CheckpointError(f"{file}: {_OTHER_FORMATS[file.suffix]}")
+    if _magic(file) == b"version ":
+        raise CheckpointError(f"{file}: a Git LFS pointer, not the weights: git lfs pull, or download the file itself")
     if file.suffix == ".safetensors":
         tensors, metadata = read_safetensors(file)
         return _source(file, tensors, metadata, config, "safetensors")
@@ -84,6 +86,9 @@ def _magic(path: Path) -> bytes:
 
 def _file_in(folder: Path) -> Path:
     """The one checkpoint in a folder: an index of shards, else a single file of weights."""
+    if (folder / "pipeline.json").is_file():
+        parts = ", ".join(sorted(str(p.parent) for p in folder.glob("*/config.json")))
+        raise CheckpointError(f"{folder}: a converted pipeline; name its part: {parts}")
     if (folder / "model_index.json").is_file():
         parts = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
         raise CheckpointError(f"{folder}: a whole diffusers pipeline; name its part: {parts}")
@@ -105,7 +110,16 @@ def _file_in(folder: Path) -> Path:
 
 
 def _sibling_config(file: Path) -> dict[str, Any]:
-    """`config.json` beside the weights; {} when there is none. What is in it is believed only where it fits."""
+    """`config.json` beside the weights; {} when there is none. What is in it is believed only where it fits.
+
+    Beside an adapter, peft's config instead: without it nobody knows how strong the adapter is.
+    """
+    adapter = file.with_name("adapter_config.json")
+    if file.stem == "adapter_model" and adapter.is_file():
+        config = _read_json(adapter)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{adapter}: is not a table of fields")
+        return config
     path = file.parent / "config.json"
     try:
         config = _read_json(path) if path.is_file() else {}

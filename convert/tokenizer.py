@@ -32,12 +32,14 @@ class Piece(NamedTuple):
     kind: int
 
 
-def convert_tokenizer(source: str | Path, out_dir: Path) -> None:
-    """Write OUT_DIR/tokenizer.json from a file, or from the folder that holds one.
+def convert_tokenizer(source: str | Path, out_dir: Path) -> Tokenizer:
+    """Write OUT_DIR/tokenizer.json from a file, or from the folder that holds one; returns what it says.
 
     Raises CheckpointError when there is none or it is damaged, UserError when it lacks <pad> or </s>.
     """
-    Tokenizer(read_backend(Path(source))).save(out_dir)
+    tokenizer = Tokenizer(read_backend(Path(source)))
+    tokenizer.save(out_dir)
+    return tokenizer
 
 
 def read_backend(source: Path) -> tokenizers.Tokenizer:

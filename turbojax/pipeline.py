@@ -59,6 +59,7 @@ class Pipeline:
     ):
         """Put a pipeline together from modules; offload: see `load`. Raises UserError if they do not fit together."""
         _check_experts(name, config, dit, dit_low)
+        tokenizer.check_fits(text_encoder.config)
         self.spec = PipelineSpec(name, config, dit.config, vae.config, text_encoder.config)
         self.dit, self.dit_low, self.vae = dit, dit_low, vae
         self.text_encoder, self.tokenizer = text_encoder, tokenizer

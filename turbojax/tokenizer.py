@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -71,6 +72,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Rows that an embedding table needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def check_fits(self, text_encoder: Any) -> None:
+        """Raise UserError if the embedding table of that config lacks rows for some ids: JAX would clamp them."""
+        if self.vocab_size > text_encoder.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.vocab_size} tokens, the text encoder's embedding {text_encoder.vocab_size}: "
+                "they belong to different models"
+            )
 
     def __call__(
         self, prompts: str | Sequence[str]

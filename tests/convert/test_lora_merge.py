@@ -1,6 +1,7 @@
 """LoRAs and merges change weights as the reference's arithmetic does, and refuse what does not fit."""
 
 import dataclasses
+import json
 
 import ml_dtypes
 import numpy as np
@@ -89,6 +90,32 @@ def test_a_product_beside_a_difference_of_another_shape_is_refused(tmp_path):
     save_file({f"blocks.0.ffn.0.{k}": np.ones(s, np.float32) for k, s in tensors.items()}, tmp_path / "l.safetensors")
     with pytest.raises(CheckpointError, match=r"changes \[16, 24\], the model has \[24, 16\]"):
         apply_lora(component(), tmp_path / "l.safetensors")
+
+
+def test_modulation_tables_change_too(tmp_path):
+    """As the distillation LoRAs of lightx2v name them."""
+    rng = np.random.default_rng(0)
+    block, head = (rng.standard_normal((1, n, 16)).astype(np.float32) for n in (6, 2))
+    tensors = {"diffusion_model.blocks.1.diff_m": block, "diffusion_model.head.diff_m": head}
+    save_file(tensors, tmp_path / "l.safetensors")
+    base, merged = component(), apply_lora(component(), tmp_path / "l.safetensors", 0.5)
+    change = {k: merged.leaves[k].array() - base.leaves[k].array() for k in ("blocks.modulation", "head_modulation")}
+    assert np.allclose(change["blocks.modulation"], [np.zeros((6, 16)), 0.5 * block[0]], atol=1e-6)
+    assert np.allclose(change["head_modulation"], 0.5 * head[0], atol=1e-6)
+
+
+def test_pefts_own_folder_tells_the_alpha(tmp_path):
+    shapes = {"lora_A.weight": (2, 16), "lora_B.weight": (24, 2)}
+    tensors = {f"base_model.model.blocks.1.ffn.0.{k}": np.ones(s, np.float32) for k, s in shapes.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base, merged = component(), apply_lora(component(), tmp_path)
+    change = merged.leaves["blocks.ffn.up.kernel"].array() - base.leaves["blocks.ffn.up.kernel"].array()
+    assert np.allclose(change, np.stack([np.zeros((16, 24)), np.full((16, 24), 6 / 2 * 2)]), atol=1e-5)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: is not JSON"):
+        apply_lora(component(), tmp_path)
 
 
 def test_both_ways_of_changing_a_bias_add_up(tmp_path):

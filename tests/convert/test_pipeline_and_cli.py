@@ -11,13 +11,14 @@ import pytest
 from random_modules import flat, random_module
 from safetensors.numpy import load_file
 
-from convert import CheckpointError, convert_pipeline, export_checkpoint, inspect_checkpoint
+from convert import CheckpointError, convert_checkpoint, convert_pipeline, export_checkpoint, inspect_checkpoint
 from convert import cli as convert_cli
 from convert.tokenizer import read_backend
 from turbojax.checkpoint import load_component, open_component, save_component
 from turbojax.config import PRESETS
 from turbojax.errors import UserError
 from turbojax.pipeline_config import PipelineConfig, find_pipeline
+from turbojax.quant import quantize_dit
 from turbojax.tokenizer import Tokenizer, train_tiny_tokenizer
 
 TINY = PRESETS["tiny"]
@@ -62,6 +63,27 @@ def test_a_distilled_model_samples_as_it_was_trained(parts, tmp_path):
     assert (config.sampler, config.steps, config.guidance) == ("rcm-sde", 4, (1.0, 1.0))
     assert config.attention == "sagesla"
     assert json.loads((tmp_path / "pipe" / "pipeline.json").read_text())["sampler"] == "rcm-sde"
+
+
+def test_a_model_of_int8_weights_runs_as_it_is(parts, tmp_path):
+    quantized = quantize_dit(load_component(parts["dit"].with_suffix("")), "block")
+    save_component(tmp_path / "dit", quantized, format="safetensors")
+    assert convert_pipeline(**given(parts, dit=tmp_path / "dit", out=tmp_path / "pipe")).quant == "w8a8"
+
+
+def test_a_tokenizer_of_another_model_is_refused(parts, tmp_path):
+    train_tiny_tokenizer(f"word{i}" for i in range(TINY.text_encoder.vocab_size)).save(tmp_path / "other")
+    with pytest.raises(UserError, match="tokenizer has 131 tokens, the text encoder's embedding 128"):
+        convert_pipeline(**given(parts, tokenizer=tmp_path / "other", out=tmp_path / "pipe"))
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_a_converted_pipeline_is_no_checkpoint(parts, tmp_path):
+    convert_pipeline(**given(parts, out=tmp_path / "pipe"))
+    with pytest.raises(CheckpointError, match=r"a converted pipeline; name its part: .*pipe/dit, .*pipe/text_encoder"):
+        export_checkpoint(tmp_path / "pipe", tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="converted already, so model 'tiny' has nothing to choose"):
+        convert_checkpoint(tmp_path / "pipe" / "dit", tmp_path / "x", model="tiny")
 
 
 def test_two_experts_need_a_preset_that_has_two(parts, tmp_path):

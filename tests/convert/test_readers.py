@@ -198,6 +198,13 @@ def test_other_files_are_named(tmp_path, name):
         open_source(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_a_pointer_that_git_left_is_told_from_a_damaged_file(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
+        open_source(tmp_path / name)
+
+
 def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(CheckpointError, match="neither a regular file nor a folder"):

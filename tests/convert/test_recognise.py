@@ -196,6 +196,7 @@ def test_unused_and_tied_parts_of_a_whole_umt5_are_left_out(tmp_path):
     tensors = tensors_of(UMT5, "diffusers")
     tensors["decoder.block.0.layer.0.layer_norm.weight"] = np.ones(8, np.float32)
     tensors["lm_head.weight"] = np.ones((11, 8), np.float32)
+    tensors["spiece_model"] = np.ones(40, np.uint8)
     tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
     assert converted(tmp_path, tensors).config == UMT5
     (tmp_path / "out" / "config.json").unlink()

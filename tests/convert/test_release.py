@@ -48,6 +48,15 @@ def release(components, folder: Path, names: dict[str, str], naming: str, withou
 @pytest.mark.parametrize(("names", "naming"), [(WAN, "wan"), (DIFFUSERS, "diffusers")])
 def test_a_release_is_converted_from_its_folder_alone(components, names, naming, tmp_path, capsys):
     source = release(components, tmp_path / "release", names, naming)
+    assert main(["inspect", str(source)]) == 0
+    told = capsys.readouterr().out
+    assert "a whole model: dit, dit_low, vae, text_encoder, tokenizer" in told
+    for line in (
+        "would become a DiT (tiny-i2v)",
+        "would become a VAE (tiny or",
+        "would become a umT5 encoder (tiny or",
+    ):
+        assert line in told
     assert main(["convert", str(source), "--out", str(tmp_path / "pipe"), "--format", "safetensors"]) == 0
     found = find_pipeline(tmp_path / "pipe")
     assert (found.spec.config.preset, found.spec.config.boundary) == ("tiny-i2v", 0.9)
