@@ -110,6 +110,8 @@ def test_several_clips_are_numbered(folder, tmp_path, cache):
     [
         ([""], "empty prompt"),
         ([PROMPT, " "], "empty prompt"),
+        (["caf\udce9"], "is not Unicode text"),
+        ([PROMPT, "--guidance", "2", "--negative-prompt", "\udce9"], "is not Unicode text"),
         ([PROMPT, "--model", "nowhere"], "unknown model 'nowhere'"),
         ([PROMPT, "--sampler", "ddim"], "unknown sampler 'ddim'"),
         ([PROMPT, "--size", "100x64"], "multiples of 16"),
@@ -128,6 +130,8 @@ def test_several_clips_are_numbered(folder, tmp_path, cache):
         ([PROMPT, "--out", "missing/x.mp4"], "there is no folder missing"),
         ([PROMPT, "--out", "/proc/x.mp4"], "cannot write /proc/x.mp4"),
         ([PROMPT, "--out", "x.avi"], "must end in"),
+        ([PROMPT, "--out", f"{'x' * 240}.gif"], "File name too long"),
+        ([PROMPT, "--model", "x" * 300], "File name too long"),
         ([PROMPT, "--stepz", "3"], "unrecognized arguments: --stepz"),
     ],
 )
@@ -156,6 +160,16 @@ def test_missing_ffmpeg_is_told_before_anything_is_loaded(folder, tmp_path, monk
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
     assert main(["generate", PROMPT, "--model", str(folder), "--out", str(tmp_path / "x.mp4")]) == 2
     assert "no ffmpeg" in capsys.readouterr().err
+
+
+def test_a_clip_too_large_for_the_memory_is_told(folder, tmp_path, cache, monkeypatch, capsys):
+    def exhausted(*_, **__):
+        raise MemoryError
+        yield
+
+    monkeypatch.setattr(Pipeline, "generate_each", exhausted)
+    assert main(["generate", PROMPT, "--model", str(folder), "--out", str(tmp_path / "x.gif")]) == 2
+    assert "not enough memory for this clip" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_quietly(folder, tmp_path, cache, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Clips survive the trip through a file, files are whole or absent, and the metadata travels inside."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     odd = Video(np.zeros((3, 15, 16, 3), np.uint8), fps=8)
     with pytest.raises(UserError, match=r"even width and height, got 16x15"):
         odd.save(tmp_path / "odd.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(video, tmp_path, monkeypatch):
+    def full(image, partial, **options):
+        partial.write_bytes(b"GIF89a")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(UserError, match=r"cannot write .*clip\.gif: No space left on device"):
+        video.save(tmp_path / "clip.gif")
     assert list(tmp_path.iterdir()) == []
 
 

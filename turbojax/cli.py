@@ -25,7 +25,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 after a mistake that the user can put right, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 after what the user can put right, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="turbojax", description="Wan video diffusion in JAX.")
     parser.add_argument("--version", action=_Version)
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.run(args) or 0
     except UserError as error:
         print(f"turbojax {chosen}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a missing permission: the system says it best
+        print(f"turbojax {chosen}: {UserError(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"turbojax {chosen}: interrupted", file=sys.stderr)

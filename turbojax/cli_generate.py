@@ -6,7 +6,12 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from turbojax.errors import UserError
+
+if TYPE_CHECKING:
+    from turbojax.video import Video
 
 _EXAMPLE = """\
 Every prompt is made with every seed; several clips are numbered: out-000.mp4, out-001.mp4, ...
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     prompts, seeds = check_prompts(args.prompt), check_seeds(args.seed)
     outputs = _numbered(args.out, len(prompts) * len(seeds))
-    check_output(args.out)
+    check_output(outputs[-1])  # the longest name of them
     names = ("steps", "sampler", "guidance", "negative_prompt", "shift", "sigma_max", "attention", "topk", "quant")
     options = {name: getattr(args, name) for name in (*names, "mid_times", "size", "frames", "batch_size")}
     folder = find_pipeline(args.model)
@@ -76,14 +81,26 @@ def run(args: argparse.Namespace) -> int:
         keep_freed_memory()
     pipeline = Pipeline.load(folder, offload=args.offload)
     clips = pipeline.generate_each(prompts, seed=seeds, image=image, progress=not args.no_progress, **options)
-    for path, clip in zip(outputs, clips, strict=True):
-        begun = time.perf_counter()
-        clip.save(path)
-        seconds = {**clip.timings, "file": time.perf_counter() - begun}
-        stages = ", ".join(f"{label} {seconds[stage]:.1f} s" for stage, label in _STAGES.items() if stage in seconds)
-        print(f"{path}: {clip.metadata['prompt']!r}, seed {clip.metadata['seed']}: {stages}", flush=True)
+    try:
+        for path, clip in zip(outputs, clips, strict=True):
+            begun = time.perf_counter()
+            clip.save(path)
+            _report(path, clip, time.perf_counter() - begun)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "not enough memory for this clip: ask for a smaller --size or fewer --frames, or try --offload; "
+            "`turbojax plan` tells what fits on a card"
+        ) from error
     print(f"load {pipeline.load_seconds:.1f} s; end to end {time.perf_counter() - started:.1f} s")
     return 0
+
+
+def _report(path: Path, clip: Video, file_seconds: float) -> None:
+    seconds = {**clip.timings, "file": file_seconds}
+    stages = ", ".join(f"{label} {seconds[stage]:.1f} s" for stage, label in _STAGES.items() if stage in seconds)
+    print(f"{path}: {clip.metadata['prompt']!r}, seed {clip.metadata['seed']}: {stages}", flush=True)
 
 
 _STAGES = {"compile": "compile", "text": "text", "image": "image", "dit": "DiT", "vae": "VAE", "file": "file"}

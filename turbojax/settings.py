@@ -89,6 +89,7 @@ def resolve(
     if defaults.boundary is None and pair[0] != pair[1]:
         raise UserError(f"model {spec.name} has one expert: give one guidance, not {pair[0]:g} and {pair[1]:g}")
     negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
+    _check_text("negative prompt", negative)
     if negative_prompt and pair == (1.0, 1.0):
         raise UserError("a negative prompt needs guidance: give a guidance above 1, or leave the negative prompt out")
     settings = Settings(
@@ -121,7 +122,16 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"empty prompt {prompt!r}: say what the clip should show")
+        _check_text("prompt", prompt)
     return prompts
+
+
+def _check_text(name: str, text: str) -> None:
+    """Half a character is what Python makes of an argument in another encoding than the terminal's."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} {text!r:.60} is not Unicode text: write it in UTF-8") from error
 
 
 def check_seeds(seeds: int | Iterable[int]) -> list[int]:

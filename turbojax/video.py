@@ -95,15 +95,13 @@ def check_output(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in _WRITERS:
         raise UserError(f"cannot write {path}: the name must end in {', '.join(_WRITERS)}")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {path.parent}: {error.strerror}") from error
+    with _as_user_error(path):
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+        _partial(path).touch()
+        _partial(path).unlink()
     if suffix == ".mp4" and _ffmpeg() is None:
         raise UserError(f"cannot write {path}: {_NO_FFMPEG}")
 
@@ -111,12 +109,26 @@ def check_output(path: Path) -> None:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place at the end, or vanishes on any error."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = _partial(path)
+    with _as_user_error(path):
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+
+
+@contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    """A full disk, a missing permission and a name too long are told in one line."""
     try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _ffmpeg() -> str | None:
