@@ -12,7 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int8
+
+from pallas_kernels.rounding import round_e4m3
 
 E4M3_MAX = 448.0
 """Largest finite float8_e4m3fn. The probabilities are scaled by it, so that their largest is exact."""
@@ -88,13 +90,25 @@ def quantize_query_key(
 
 def quantize_value(
     v: Float[Array, "n l d"],
-) -> tuple[Float[Array, "n l d"], Float[Array, "n d"]]:
+) -> tuple[Float8e4m3fn[Array, "n l d"], Float32[Array, "n d"]]:
     """FP8 e4m3 values with one float32 scale for each channel: v ~ v8 * scale, max|v8| = 448.
 
     SageSLA stops at 2.25 because its RTX kernels accumulate PV in fp16; here PV is accumulated in float32, and
     the full range keeps small values out of e4m3's subnormals.
     """
-    v = v.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(v), axis=1)
-    scale = jnp.where(amax > 0, amax / E4M3_MAX, 1.0)
-    return (v / scale[:, None, :]).astype(jnp.float8_e4m3fn), scale
+    scale = value_scale(v)
+    return (v.astype(jnp.float32) / scale[:, None, :]).astype(jnp.float8_e4m3fn), scale
+
+
+def rounded_value(
+    v: Float[Array, "n l d"],
+) -> tuple[BFloat16[Array, "n l d"], Float32[Array, "n d"]]:
+    """`quantize_value` for machines that multiply no e4m3: the same values, which bfloat16 holds exactly."""
+    scale = value_scale(v)
+    return round_e4m3(v.astype(jnp.float32) / scale[:, None, :]).astype(jnp.bfloat16), scale
+
+
+def value_scale(v: Float[Array, "n l d"]) -> Float32[Array, "n d"]:
+    """max|v| / 448 of each channel; 1 for a channel of zeros."""
+    amax = jnp.max(jnp.abs(v), axis=1).astype(jnp.float32)
+    return jnp.where(amax > 0, amax / E4M3_MAX, 1.0)

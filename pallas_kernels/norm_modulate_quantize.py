@@ -81,14 +81,15 @@ def _per_batch(modulation, batch, width):
 
 
 def _xla(x, scale, shift, *, eps, granularity):
-    y = norm_modulate(x, scale, shift, eps)
+    # Written once: XLA would compute it again for the maximum and for the rounding.
+    y = lax.optimization_barrier(norm_modulate(x, scale, shift, eps))
     if granularity == "token":
         return rows_xla(y)
     q, scales = tiles_xla(y.reshape(-1, x.shape[-1]))
     return q.reshape(x.shape), scales
 
 
-def norm_modulate(x: Array, scale: Array, shift: Array, eps: float) -> Float[Array, "B L D"]:
+def norm_modulate(x: Float[Array, "*rows D"], scale: Array, shift: Array, eps: float) -> Float[Array, "*rows D"]:
     """LayerNorm(x) * (1 + scale) + shift in float32; the two-pass variance, since x carries outlier channels."""
     x = x.astype(jnp.float32)
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
