@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 import pallas_kernels as kernels
 from turbojax.attention import AttentionConfig
+from turbojax.errors import UserError
 from turbojax.models.dit import patchify
 from turbojax.models.layers import rope_table
 from turbojax.pipeline import Pipeline, draw_noise
@@ -44,11 +45,11 @@ class Run(NamedTuple):
 def sample(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], states: int, **options: Any) -> Run:
     """Run the model's sampler and keep `states` of its states, evenly spaced from the first to the last.
 
-    options: as of `Pipeline.generate`. Raises ValueError for a model that needs a picture.
+    options: as of `Pipeline.generate`. Raises UserError for a model that needs a picture.
     """
     spec = pipeline.spec
     if spec.takes_image:
-        raise ValueError(f"{spec.name} needs a picture: capture is for text to video")
+        raise UserError(f"{spec.name} needs a picture: this looks at text to video alone")
     settings = resolve(spec, batch_size=len(prompts), **options)
     texts = [*prompts, *([settings.negative_prompt] * len(prompts) if settings.guided else [])]
     contexts = {text: pipeline.text_encoder(*pipeline.tokenizer(text)) for text in dict.fromkeys(texts)}

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,42 +20,56 @@ from tqdm import tqdm
 from experiments.records import Results, Row, name_of
 from experiments.report import sheet, with_bootstrap, with_wilson
 from turbojax.errors import UserError
+from turbojax.image import resize_image
 from turbojax.pipeline import Pipeline
-from turbojax.pipeline_config import find_pipeline
-from turbojax.train import evaluate
+from turbojax.pipeline_config import PipelineSpec, find_pipeline
+from turbojax.train import evaluate, i2v_evaluate
 from turbojax.video import contact_sheet
 
 Frames = UInt8[np.ndarray, "T H W 3"]
-# Prompts and seeds of a batch -> a clip of each, and the seconds a clip in the DiT and in the VAE.
-Maker = Callable[[Sequence[tuple[str, int]]], tuple[Sequence[Frames], float, float]]
 TITLE = "the same two clips in every row, four frames each"
+
+
+class Request(NamedTuple):
+    """What a clip is asked to show. image: the first frame, for models that start from a picture."""
+
+    prompt: str
+    seed: int
+    combination: evaluate.Combination
+    image: UInt8[np.ndarray, "H W 3"] | None = None
+
+
+# A batch of requests -> a clip of each, and the seconds a clip in the DiT and in the VAE.
+Maker = Callable[[Sequence[Request]], tuple[Sequence[Frames], float, float]]
 
 
 class Clips:
     """The clips of a grid: `measure` makes what is missing of a cell and returns its rows, one a clip."""
 
     def __init__(self, out: Path, model: str, *, clips: int, batch_size: int, shown: int = 2):
-        """clips: of each cell, balanced over the 48 prompts. shown: how many of them are kept for contact sheets."""
+        """clips: of each cell, see `requests`. shown: how many of them are kept for contact sheets."""
         self.out, self.model, self.batch_size, self.shown = out, model, batch_size, shown
         self.results = Results(out / "results.jsonl")
-        self.wanted = evaluate.pairs(clips)
         self.spec = find_pipeline(model).spec
-        self.readable = self.spec.config.preset == "tiny"
+        self.wanted = requests(self.spec, clips)
+        self.readable = self.spec.config.preset in ("tiny", "tiny-i2v")
 
     @cached_property
     def pipeline(self) -> Pipeline:
         return Pipeline.load(self.model)
 
     def generate(self, pipeline: Pipeline | None = None, **options: Any) -> Maker:
-        """A maker by `Pipeline.generate` with these options, all clips of a batch at once."""
+        """A maker by `Pipeline.generate` with these options: a batch at once, or one by one from their pictures."""
 
-        def make(requests: Sequence[tuple[str, int]]) -> tuple[list[Frames], float, float]:
-            prompts, seeds = zip(*requests, strict=True)
-            made = (self.pipeline if pipeline is None else pipeline).generate(
-                list(prompts), seed=seeds, paired=True, batch_size=self.batch_size, progress=False, **options
-            )
-            seconds = made[0].timings
-            return [v.frames for v in made], seconds["dit"] / self.batch_size, seconds["vae"] / self.batch_size
+        def make(batch: Sequence[Request]) -> tuple[list[Frames], float, float]:
+            pipe = self.pipeline if pipeline is None else pipeline
+            common = {"paired": True, "progress": False, **options}
+            if self.spec.takes_image:
+                made = [pipe.generate([r.prompt], seed=[r.seed], image=r.image, **common)[0] for r in batch]
+                return [v.frames for v in made], *(float(np.mean([v.timings[p] for v in made])) for p in ("dit", "vae"))
+            prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+            made = pipe.generate(prompts, seed=seeds, batch_size=self.batch_size, **common)
+            return [v.frames for v in made], *(made[0].timings[p] / self.batch_size for p in ("dit", "vae"))
 
         return make
 
@@ -77,7 +91,7 @@ class Clips:
             index = len(frames)
             row: Row = {**key, "clip": index, "dit": round(dit, 4), "vae": round(vae, 4)}
             if self.readable:
-                row |= read(clip, *self.wanted[index])
+                row |= read(clip, self.wanted[index])
             if compared is not None:
                 row["psnr"] = round(evaluate.agreement(clip, compared[index]), 2)
             rows.append(row)
@@ -102,9 +116,8 @@ class Clips:
         sheet(self.out / "clips.png", strips, title)
 
     def _make(self, make: Maker, name: str) -> Iterator[tuple[Frames, float, float]]:
-        requests = [(evaluate.prompt_of(c), seed) for c, seed in self.wanted]
-        for start in tqdm(range(0, len(requests), self.batch_size), desc=name, mininterval=2.0):
-            batch = requests[start : start + self.batch_size]
+        for start in tqdm(range(0, len(self.wanted), self.batch_size), desc=name, mininterval=2.0):
+            batch = self.wanted[start : start + self.batch_size]
             clips, dit, vae = make(batch)
             for clip in clips[: len(batch)]:
                 yield clip, dit, vae
@@ -127,13 +140,26 @@ class Clips:
             return stored["frames"]
 
 
-def read(frames: Frames, combination: evaluate.Combination, seed: int) -> Row:
+def requests(spec: PipelineSpec, count: int) -> list[Request]:
+    """`count` clips to ask of a model: balanced over the 48 prompts, or two prompts a drawn picture if it takes one."""
+    if spec.takes_image:
+        drawn = enumerate(i2v_evaluate.wanted(count))
+        asked = [(seed, w.picture.render(), prompt, scene) for seed, w in drawn for prompt, scene in w.clips]
+        return [Request(text, seed, (s.colour, s.shape, s.motion), image) for seed, image, text, s in asked]
+    return [Request(evaluate.prompt_of(c), seed, c) for c, seed in evaluate.pairs(count)]
+
+
+def read(frames: Frames, request: Request) -> Row:
     """What the oracle says of a clip, in few digits."""
-    score = evaluate.score(frames, combination, seed)
+    score = evaluate.score(frames, request.combination, request.seed, request.prompt)
     place = None if score.place is None else [round(x, 2) for x in score.place]
     shown = {name: int(getattr(score, name)) for name in evaluate.ACCURACIES}
-    prompt = {"prompt": score.prompt, "seed": seed}
-    return {**prompt, **shown, "fit": round(score.fit, 2), "overlap": round(score.overlap, 3), "place": place}
+    prompt = {"prompt": score.prompt, "seed": score.seed}
+    row = {**prompt, **shown, "fit": round(score.fit, 2), "overlap": round(score.overlap, 3), "place": place}
+    if request.image is not None:
+        picture = resize_image(request.image, (frames.shape[2], frames.shape[1]))
+        row["first frame"] = round(evaluate.agreement(frames[:1], picture[None]), 2)
+    return row
 
 
 def right(row: Row) -> bool:
@@ -164,7 +190,10 @@ def describe(rows: Sequence[Row], reference: Sequence[Row] | None = None) -> dic
         if reference is not None:
             changes = [r["fit"] - other["fit"] for r, other in zip(rows, reference, strict=True)]
             columns["change of fit"] = with_bootstrap(changes)
-        columns["diversity"] = f"{diversity(rows):.2f}"
+        if "first frame" in rows[0]:
+            columns["first frame, dB"] = with_bootstrap([r["first frame"] for r in rows])
+        else:
+            columns["diversity"] = f"{diversity(rows):.2f}"
     if reference is not None:
         columns["agreement, dB"] = with_bootstrap([r["psnr"] for r in rows]) if "psnr" in rows[0] else "-"
     return columns | {"DiT s/clip": round(seconds(rows), 3), "VAE s/clip": round(seconds(rows, "vae"), 3)}

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.option("batch_size", 8, 2, "clips made at once")
     args = command.parse(argv)
     made = Clips(args.out, args.model, clips=max(1, args.clips), batch_size=args.batch_size)
-    if not made.readable:
+    if made.spec.config.preset != "tiny":
         raise UserError(f"{args.model}: only models of the small model's kind can be trained on drawn clips")
     attention = dataclasses.replace(SLA, topk=args.topk)
     tuning = Tuning(args, made, attention)

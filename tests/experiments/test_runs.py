@@ -1,6 +1,10 @@
 """Whole experiments on a pipeline of random weights: what they plan, write and find again."""
 
+import dataclasses
+import functools
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import small_pipeline
@@ -14,7 +18,9 @@ from experiments import (
     sparsity_steps,
     training,
 )
-from experiments.clips import describe
+from experiments.clips import describe, read, requests
+from turbojax.pipeline import Pipeline
+from turbojax.train import data, i2v_evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*never learned the words")
 
@@ -24,6 +30,17 @@ def plain_jax(monkeypatch):
     """The scripts' main functions without the process-wide settings of a program."""
     monkeypatch.setattr("experiments.command.use_compilation_cache", lambda: None)
     monkeypatch.setattr("experiments.command.keep_freed_memory", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Models as the first run that asked for them left them: with the programs that it compiled."""
+    return functools.cache(Pipeline.load)
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch, loaded):
+    monkeypatch.setattr(Pipeline, "load", loaded)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +62,28 @@ def test_a_sweep_writes_rows_a_table_and_pictures_and_goes_on_where_it_stopped(m
     assert all(r["psnr"] > 10 for r in rows[3:])  # of the same noise: alike
     assert (tmp_path / "table.md").read_text().count("\n| 1 | ") == 2
     assert {p.name for p in tmp_path.glob("*.png")} == {"grid.png", "clips.png"}
+
+
+def test_a_model_that_takes_a_picture_is_asked_with_drawn_ones():
+    spec: Any = SimpleNamespace(takes_image=True)
+    scenes = [scene for w in i2v_evaluate.wanted(3) for _, scene in w.clips]
+    for request, scene in zip(requests(spec, 3), scenes, strict=True):
+        row = read(data.render(scene), request)  # the clip that was wanted
+        assert (row["colour"], row["shape"], row["motion"]) == (1, 1, 1)
+        assert row["first frame"] > 40
+        assert row["prompt"] == request.prompt
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_model_that_takes_a_picture(tmp_path):
+    dit = dataclasses.replace(small_pipeline.DIT, in_channels=12)
+    sampling = {"sampler": "rcm-sde", "guidance": (1.0, 1.0), "size": (32, 32)}
+    model = small_pipeline.save(small_pipeline.pipeline(dit, **sampling), tmp_path / "model")
+    grid = ["--steps", "1", "--topk", "1", "--clips", "2", "--out", str(tmp_path / "out"), "--model", str(model)]
+    sparsity_steps.main(grid)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(row["first frame"] > 0 for row in rows)
 
 
 def test_arms_start_from_the_models_own_sampler_and_none_is_made_twice():
