@@ -11,7 +11,7 @@ def heads_first(x: Float[Array, "b l h d"]) -> Float[Array, "b*h l d"]:
     return jnp.swapaxes(x, 1, 2).reshape(b * h, length, d)
 
 
-def heads_last(x: Float[Array, "b*h l d"], like: tuple[int, ...]) -> Float[Array, "b l h d"]:
+def heads_last(x: Float[Array, "{like[0]}*{like[2]} l d"], like: tuple[int, ...]) -> Float[Array, "b l h d"]:
     """Inverse of heads_first, for an array of shape `like` = (b, l, h, d)."""
     b, length, h, d = like
     return jnp.swapaxes(x.reshape(b, h, length, d), 1, 2)

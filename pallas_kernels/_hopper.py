@@ -103,7 +103,7 @@ def last_turn(wg: jax.Array, interpret: bool) -> None:
         pl.when(wg == 0)(lambda: _named_barrier("sync", jnp.int32(TURN)))
 
 
-def to_fp8(p: jax.Array, stage) -> jax.Array:
+def to_fp8(p: jax.Array, stage):
     """float32 accumulator tile [m, n] to an e4m3 left operand, its columns in FP8_ORDER.
 
     stage: None on hardware, where each thread repacks its own registers; an SMEM ref [m, n] in the interpreter.

@@ -83,7 +83,9 @@ def rows_of(index: Int32[Array, "n nq s"]) -> tuple[Int32[Array, "n nq+1"], Int3
     return begin, index.reshape(n, nq * selected)
 
 
-def transposed(index: Int32[Array, "n nq s"], blocks: int) -> tuple[Int32[Array, "n nk+1"], Int32[Array, "n nnz"]]:
+def transposed(
+    index: Int32[Array, "n nq s"], blocks: int
+) -> tuple[Int32[Array, "n {blocks}+1"], Int32[Array, "n nnz"]]:
     """For each key block the query blocks whose lists hold it, rising: (where each begins, all of them)."""
     n, nq, _ = index.shape
     if blocks * nq >= 2**31:

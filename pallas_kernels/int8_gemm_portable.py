@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels import _plgpu as plgpu
 from pallas_kernels._portable_mma import mma
@@ -41,7 +42,7 @@ class PortableTiles:
     group: int = 8
 
 
-def supports_portable(n: int, k: int, dtype: jnp.dtype) -> str | None:
+def supports_portable(n: int, k: int, dtype: DTypeLike) -> str | None:
     """Why this kernel cannot run a product of this shape, or None if it can."""
     if n % BLOCK or k % BLOCK:
         return f"N = {n} and K = {k} are not both multiples of {BLOCK}"

@@ -17,6 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Num
 
 from pallas_kernels.dispatch import dispatch, gpu_arch
@@ -45,7 +46,7 @@ def int8_linear(
     activation: Activation = None,
     residual: Float[Array, "*batch N"] | None = None,
     gate: Float[Array, "..."] | None = None,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
     """activation(x @ weight.T + bias), then residual + gate * that where a residual is given.
@@ -96,7 +97,7 @@ def int8_linear(
     return y if fused or residual is None else add_gated(residual, gate, y, dtype)
 
 
-def supports(m: int, n: int, k: int, dtype: jnp.dtype) -> str | None:
+def supports(m: int, n: int, k: int, dtype: DTypeLike) -> str | None:
     """Why the kernels cannot run a product of this shape, or None if they can."""
     if m == 0:
         return "there are no rows"
