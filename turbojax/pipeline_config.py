@@ -21,7 +21,7 @@ from turbojax.config import PRESETS, DiTConfig, UMT5Config, VAEConfig
 from turbojax.errors import UserError
 
 # Pipelines that ship with the library: name -> folder inside turbojax/tiny.
-SHIPPED: Mapping[str, str] = {"tiny": "student", "tiny-teacher": "teacher"}
+SHIPPED: Mapping[str, str] = {"tiny": "student", "tiny-teacher": "teacher", "tiny-i2v": "i2v"}
 _SHIPPED_ROOT = Path(__file__).parent / "tiny"
 
 _KINDS: Mapping[str, type] = {
