@@ -25,7 +25,8 @@ from pallas_kernels import _hopper as hw
 
 BLOCK = 64
 """Keys of a tile and of one of the sums of k."""
-RUN, SLOTS = 32, 2
+RUN, SLOTS = 24, 2
+SUM_RUN, SUM_SLOTS = 16, 4
 COLUMNS = 8  # the narrowest right operand
 DENOMINATOR_EPS = 1e-5
 
@@ -130,3 +131,65 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
     )(k, v, ones)
     return kv.sum(axis=1), f_sums.sum(axis=1), k_sums[:, :tiles]
+
+
+def block_sums(x, *, interpret):
+    """Sums over each BLOCK rows, float32 [b * h, blocks, d], of x [b, l, h, d] in 16 bits, l a multiple of 8.
+
+    The tensor cores multiply by ones. Bound by memory: 0.10 GB at 32,760 rows, 12 heads of 128, 0.03 ms on H100.
+    """
+    b, length, heads, dim = x.shape
+    tiles = -(-length // BLOCK)
+    runs = -(-tiles // SUM_RUN)
+    ones = jnp.ones((COLUMNS, BLOCK), x.dtype)
+
+    def body(x, ones, out, x_smem, ones_smem, sums_smem, full, ones_full):
+        head, run = lax.axis_index("head"), lax.axis_index("run")
+        batch, h = head // heads, head % heads
+        first = run * SUM_RUN
+        count = jnp.minimum(SUM_RUN, tiles - first)
+
+        def load(i):
+            slot = lax.rem(i, SUM_SLOTS)
+
+            @pl.when(i < count)
+            def _():
+                rows = pl.ds((first + i) * BLOCK, BLOCK)
+                plgpu.copy_gmem_to_smem(x.at[batch, rows, h], x_smem.at[slot], full.at[slot])
+
+        plgpu.copy_gmem_to_smem(ones, ones_smem, ones_full)
+        for i in range(SUM_SLOTS):
+            load(jnp.int32(i))
+        plgpu.barrier_wait(ones_full)
+        ones_right = ones_smem.transpose((1, 0))
+
+        @pl.loop(0, count)
+        def _(i):
+            slot = lax.rem(i, SUM_SLOTS)
+            plgpu.barrier_wait(full.at[slot])
+            block = hw.product(x_smem.at[slot].transpose((1, 0)), ones_right, (dim, COLUMNS))
+            load(i + SUM_SLOTS)
+            sums_smem.at[i][...] = block.max(axis=1)  # its columns are equal
+
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(sums_smem, out.at[head, pl.ds(first, SUM_RUN)])
+        plgpu.wait_smem_to_gmem(0)
+
+    n = b * heads
+    body.__name__ = "block_sums"
+    sums = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((n, runs * SUM_RUN, dim), jnp.float32),
+        grid=(n, runs),
+        grid_names=("head", "run"),
+        scratch_types=[
+            plgpu.SMEM((SUM_SLOTS, BLOCK, dim), x.dtype),
+            plgpu.SMEM((COLUMNS, BLOCK), x.dtype),
+            plgpu.SMEM((SUM_RUN, dim), jnp.float32),
+            plgpu.Barrier(num_barriers=SUM_SLOTS),
+            plgpu.Barrier(),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
+    )(x, ones)
+    return sums[:, :tiles]

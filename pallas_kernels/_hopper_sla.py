@@ -1,7 +1,7 @@
-"""Sparse-linear attention on Hopper, forward: both branches and the routing in five passes over q, k, v.
+"""Sparse-linear attention on Hopper, forward: both branches and the routing in six passes over q, k, v.
 
     k, v -> f(k)^T v, sum f(k), sums of k over blocks    `_hopper_linear`
-    q    -> means over blocks                            XLA; scores and top-k of the means are small
+    q    -> sums over blocks                             `_hopper_linear`; scores and top-k of the means are small: XLA
     q, k, v -> INT8, FP8 (quantised only)                `_hopper_quantize`
     attention over the lists; its epilogue adds f(q) times the product of f(k)^T v and the projection
 
@@ -17,8 +17,12 @@ from jax import lax
 
 from pallas_kernels import _hopper as hw
 from pallas_kernels._hopper_attention import LinearBranch, attend, sage_operands, sparse_operands, whole_rows
-from pallas_kernels._hopper_linear import BLOCK, summarize_keys
-from pallas_kernels.block_map import block_counts, block_means, choose_blocks
+from pallas_kernels._hopper_linear import BLOCK, block_sums, summarize_keys
+from pallas_kernels._hopper_top_blocks import padded_width, top_blocks
+from pallas_kernels.block_map import block_counts, block_scores, centred_means, num_selected
+
+SORTED, COUNTED = 768, 1920
+"""Up to the first number of key blocks sorting their scores is as fast; up to the second `top_blocks` can count."""
 
 
 def sla_forward(
@@ -29,11 +33,17 @@ def sla_forward(
     length = k.shape[1]
     products, f_sum, sums = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, interpret=interpret)
 
-    per_block = block_k // BLOCK
-    sums = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % per_block), (0, 0)))
-    sums = sums.reshape(b, h, -1, per_block, dim).sum(axis=3)
+    def by_blocks(sums, block):
+        """[b, h, blocks, d] of sums over BLOCK rows each."""
+        per_block = block // BLOCK
+        sums = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % per_block), (0, 0)))
+        return sums.reshape(b, h, -1, per_block, dim).sum(axis=3)
+
+    sums = by_blocks(sums, block_k)
     pooled_k = sums / block_counts(length, block_k)[:, None]
-    index = choose_blocks(block_means(q, block_q), pooled_k, length, topk, block_k)
+    sums_q = by_blocks(block_sums(whole_rows(q), interpret=interpret), block_q)
+    pooled_q = sums_q / block_counts(q.shape[1], block_q)[:, None]
+    index = route(pooled_q, centred_means(pooled_k, length, block_k), topk, interpret=interpret)
 
     combined = jnp.einsum("nde,oe->ndo", products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     linear = LinearBranch(
@@ -53,3 +63,15 @@ def sla_forward(
         operands = sparse_operands(q, k, v, index, **sizes)
     factor = None if quantized else scale * hw.LOG2E
     return attend(operands, q, k, block_q, block_k, factor, interpret, linear)[0]
+
+
+def route(pooled_q, centred_k, topk, *, interpret):
+    """The same blocks as `choose_blocks`; where they are many, in rising order."""
+    b, h, count, _ = centred_k.shape
+    selected = num_selected(count, topk)
+    if not SORTED < count <= COUNTED:
+        return lax.top_k(block_scores(pooled_q, centred_k), selected)[1].astype(jnp.int32)
+    columns = (0, padded_width(count) - count)
+    scores = block_scores(pooled_q, jnp.pad(centred_k, ((0, 0), (0, 0), columns, (0, 0))))
+    index = top_blocks(scores.reshape(-1, scores.shape[-1]), selected, count, interpret=interpret)
+    return index.reshape(b, h, -1, selected)

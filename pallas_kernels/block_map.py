@@ -39,15 +39,24 @@ def block_counts(length: int, block: int) -> np.ndarray:
     return np.minimum(block, length - block * np.arange(-(-length // block))).astype(np.float32)
 
 
+def centred_means(pooled_k: Float[Array, "b h nk d"], length: int, block_k: int) -> Float[Array, "b h nk d"]:
+    """Means of blocks of block_k keys, of `length` in all, less the mean of all keys."""
+    count = block_counts(length, block_k)[:, None]
+    return pooled_k - jnp.sum(pooled_k * count, axis=2, keepdims=True) / length
+
+
+def block_scores(pooled_q: Float[Array, "b h nq d"], centred_k: Float[Array, "b h nk d"]) -> Float[Array, "b h nq nk"]:
+    """How much each query block has to do with each key block, float32."""
+    # HIGHEST: a GPU would otherwise round the float32 operands to TF32, as coarse as float16.
+    return jnp.einsum("bhid,bhjd->bhij", pooled_q, centred_k, precision=lax.Precision.HIGHEST)
+
+
 def choose_blocks(
     pooled_q: Float[Array, "b h nq d"], pooled_k: Float[Array, "b h nk d"], length: int, topk: float, block_k: int
 ) -> Int32[Array, "b h nq s"]:
     """The key blocks with the largest scores of these means, of `length` keys in blocks of block_k: `sla_block_map`."""
-    count = block_counts(length, block_k)[:, None]
-    centred = pooled_k - jnp.sum(pooled_k * count, axis=2, keepdims=True) / length
-    # HIGHEST: a GPU would otherwise round the float32 operands to TF32, as coarse as float16.
-    scores = jnp.einsum("bhid,bhjd->bhij", pooled_q, centred, precision=lax.Precision.HIGHEST)
-    return lax.top_k(scores, num_selected(len(count), topk))[1].astype(jnp.int32)
+    scores = block_scores(pooled_q, centred_means(pooled_k, length, block_k))
+    return lax.top_k(scores, num_selected(pooled_k.shape[2], topk))[1].astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "block_q", "block_k"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax
@@ -54,9 +55,8 @@ def _fused_cases() -> list[Case]:
     tokens, heads, dim = SHAPES[0]
     x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
     projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
-    block_q, block_k = BLOCKS[0]
     cases = []
-    for quantized in (True, False):
+    for (block_q, block_k), quantized in itertools.product(BLOCKS, (True, False)):
         op = functools.partial(
             sparse_linear_attention,
             topk=TOPK,
@@ -67,7 +67,7 @@ def _fused_cases() -> list[Case]:
         )
         kind = "int8" if quantized else "bf16"
         name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}"
-        cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=2))
+        cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=3))
     return cases
 
 
