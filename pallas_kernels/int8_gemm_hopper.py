@@ -74,23 +74,24 @@ def hopper_gemm(
     k_steps = pl.cdiv(k, TILE_K)
     m_tiles, n_tiles = pl.cdiv(m, TILE_M * cluster), pl.cdiv(n, tile_n)
     padded_n = n_tiles * tile_n
-    bias = jnp.zeros((n,), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    bias = jnp.zeros((n,), jnp.float32) if bias is None else bias
     column_scale = jnp.ones((n,), jnp.float32) if blocks else weight_scale
     if gate is not None and not blocks and activation is None:
         # gate * (total * scale + bias) needs no third vector.
         column_scale, bias, gate = gate * column_scale, gate * bias, None
-    operands = {"x": x, "weight": weight, "affine": jnp.stack([_pad(column_scale, padded_n), _pad(bias, padded_n)])}
-    # Loads into registers are not clipped, so the vectors cover whole tiles.
-    operands["x_scale"] = x_scale if blocks else _pad(x_scale, m_tiles * TILE_M * cluster)
-    if blocks:
-        operands["weight_scale"] = weight_scale
+    # Vectors cover whole tiles: loads into registers are not clipped.
+    columns = (0, padded_n - n)
+    operands = {"x": x, "weight": weight, "bias": jnp.pad(bias, columns)}
+    operands["x_scale"] = x_scale if blocks else jnp.pad(x_scale, (0, m_tiles * TILE_M * cluster - rows))
+    operands |= {"weight_scale": weight_scale} if blocks else {"column_scale": jnp.pad(column_scale, columns)}
     if residual is not None:
         operands["residual"] = residual
     if gate is not None:
-        operands["gate"] = _pad(gate, padded_n)
+        operands["gate"] = jnp.pad(gate.astype(jnp.float32), columns)
+
+    vectors = ["bias"] if blocks else ["bias", "column_scale"]
 
     def body(*refs):
-        scratch = ["x_smem", "w_smem", "vectors", "staging", "full", "empty", "arrived", "vectors_full", "vectors_free"]
         ref = dict(zip([*operands, "out", *scratch], refs, strict=True))
         warpgroup = lax.axis_index("wg")
 
@@ -135,8 +136,9 @@ def hopper_gemm(
                         def _():
                             plgpu.barrier_wait(ref["vectors_free"])
 
-                        columns = ref["affine"].at[:, pl.ds(column, tile_n)]
-                        plgpu.copy_gmem_to_smem(columns, ref["vectors"], ref["vectors_full"])
+                        for name in vectors:
+                            source = ref[name].at[pl.ds(column, tile_n)]
+                            plgpu.copy_gmem_to_smem(source, ref[f"{name}_smem"], ref["vectors_full"])
 
             tile_loop(tile)
             # Every release is awaited: the peer of a cluster may still be reading, and the interpreter insists.
@@ -202,20 +204,32 @@ def hopper_gemm(
                 zero = plgpu.layout_cast(jnp.zeros((ROWS, tile_n), jnp.float32), plgpu.Layout.WGMMA)
                 return lax.fori_loop(0, k_steps, step, zero), None
 
+            # Where one part is all the columns that there are, a copy of the next would not be clipped but
+            # land on it: Mosaic GPU drops dimensions of one tile, and their index with them.
+            parts = min(tile_n, n) // epilogue_n
+
             def tile(index, row, column):
-                total, row_scale = (rescaled if blocks else channels)(row, column, index * k_steps)
                 out_rows = pl.ds(row + warpgroup * ROWS, ROWS)
+
+                def fetch(part):
+                    """The part's residual, as soon as its slot was stored: during the product or the part before."""
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    slot, columns = warpgroup * SLOTS + part % SLOTS, pl.ds(column + part * epilogue_n, epilogue_n)
+                    source, arrived = ref["residual"].at[out_rows, columns], ref["arrived"].at[slot]
+                    plgpu.copy_gmem_to_smem(source, ref["staging"].at[slot], arrived)
+
+                if residual is not None:
+                    for part in range(min(SLOTS, parts)):
+                        fetch(part)
+                total, row_scale = (rescaled if blocks else channels)(row, column, index * k_steps)
                 plgpu.barrier_wait(ref["vectors_full"])
-                # Where one part is all the columns that there are, a copy of the next would not be clipped but
-                # land on it: Mosaic GPU drops dimensions of one tile, and their index with them.
-                for part in range(min(tile_n, n) // epilogue_n):
+                for part in range(parts):
                     slot = warpgroup * SLOTS + part % SLOTS
                     inside = pl.ds(part * epilogue_n, epilogue_n)
                     columns = pl.ds(column + part * epilogue_n, epilogue_n)
                     stage = ref["staging"].at[slot]
-                    plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-                    if residual is not None:
-                        plgpu.copy_gmem_to_smem(ref["residual"].at[out_rows, columns], stage, ref["arrived"].at[slot])
+                    if residual is None:
+                        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
 
                     def earlier(stage=stage, slot=slot):
                         plgpu.barrier_wait(ref["arrived"].at[slot])
@@ -224,8 +238,8 @@ def hopper_gemm(
                     y = epilogue(
                         total[:, part * epilogue_n : (part + 1) * epilogue_n],
                         row_scale=row_scale,
-                        column_scale=None if blocks else _load(ref["vectors"].at[0, inside], 0),
-                        bias=_load(ref["vectors"].at[1, inside], 0),
+                        column_scale=None if blocks else _load(ref["column_scale_smem"].at[inside], 0),
+                        bias=_load(ref["bias_smem"].at[inside], 0).astype(jnp.float32),
                         gate=_load(ref["gate"].at[columns], 0) if gate is not None else None,
                         residual=earlier if residual is not None else None,
                         activation=activation,
@@ -235,6 +249,8 @@ def hopper_gemm(
                     stage[...] = y.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(stage, ref["out"].at[out_rows, columns])
+                    if residual is not None and part + SLOTS < parts:
+                        fetch(part + SLOTS)
                 plgpu.barrier_arrive(ref["vectors_free"])
 
             tile_loop(tile)
@@ -247,6 +263,17 @@ def hopper_gemm(
         empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=stages)
     else:
         empty = barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    scratch = {
+        "x_smem": plgpu.SMEM((stages, TILE_M, TILE_K), jnp.int8),
+        "w_smem": plgpu.SMEM((stages, tile_n, TILE_K), jnp.int8),
+        "staging": plgpu.SMEM((WARPGROUPS * SLOTS, ROWS, epilogue_n), dtype),
+        "full": barrier(num_arrivals=2, num_barriers=stages),
+        "empty": empty,
+        "arrived": barrier(num_barriers=WARPGROUPS * SLOTS),
+        "vectors_full": barrier(num_arrivals=len(vectors)),
+        "vectors_free": barrier(num_arrivals=WARPGROUPS),
+    }
+    scratch |= {f"{name}_smem": plgpu.SMEM((tile_n,), operands[name].dtype) for name in vectors}
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), dtype),
@@ -255,17 +282,7 @@ def hopper_gemm(
         **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
-        scratch_types=[
-            plgpu.SMEM((stages, TILE_M, TILE_K), jnp.int8),
-            plgpu.SMEM((stages, tile_n, TILE_K), jnp.int8),
-            plgpu.SMEM((2, tile_n), jnp.float32),
-            plgpu.SMEM((WARPGROUPS * SLOTS, ROWS, epilogue_n), dtype),
-            barrier(num_arrivals=2, num_barriers=stages),
-            empty,
-            barrier(num_barriers=WARPGROUPS * SLOTS),
-            barrier(),
-            barrier(num_arrivals=WARPGROUPS),
-        ],
+        scratch_types=list(scratch.values()),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(*operands.values())[:rows]
@@ -287,7 +304,3 @@ def _local_tiles(tiles: int):
 def _load(ref, axis):
     """A vector from global memory in the layout of a [64, n] accumulator without its other axis."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
-
-
-def _pad(vector, length):
-    return jnp.pad(vector.astype(jnp.float32), (0, length - vector.shape[0]))

@@ -41,14 +41,18 @@ def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bo
         x, *modulation, q, q_scale = refs
         b = lax.axis_index("batch")
         modulation = [_load(ref.at[b], layout) for ref in modulation]
+        first = lax.axis_index("rows") * ROWS
 
-        @pl.loop(0, ROWS)
-        def _(i):
-            row = lax.axis_index("rows") * ROWS + i
+        def read(i):
+            return plgpu.load(x.at[b, jnp.minimum(first + i, length - 1)], layout=layout, optimized=False)
+
+        def step(i, values):
+            ahead = read(jnp.minimum(i + 1, ROWS - 1))  # on its way during this row's reductions
+            row = first + i
 
             @pl.when(row < length)
             def _():
-                y = _load(x.at[b, row], layout)
+                y = values.astype(jnp.float32)
                 if modulation:
                     y = y - jnp.sum(y) * (1.0 / width)
                     y = y * lax.rsqrt(jnp.sum(y * y) * (1.0 / width) + eps)
@@ -56,6 +60,10 @@ def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bo
                 amax = jnp.maximum(jnp.max(jnp.abs(y)), AMAX_FLOOR)
                 q.at[b, row][...] = jnp.round(y * (INT8_MAX_TOKEN / amax)).astype(jnp.int8)
                 q_scale[b, row] = amax / INT8_MAX_TOKEN
+
+            return ahead
+
+        lax.fori_loop(0, ROWS, step, read(0))
 
     body.__name__ = "quantize_rows"
     return plgpu.kernel(
