@@ -156,26 +156,28 @@ def _gradients(
         def consume():
             plgpu.set_max_registers(240, action="increase")  # 504 = 3 x 168 in all: more hangs
             plgpu.barrier_wait(ref["stay_full"])
-            fixed = None if keys else _load_statistics(hw.PER_ROW, ref["lse_smem"], ref["delta_smem"])
+            fixed = {} if keys else {name: _load(hw.PER_ROW, ref[name]) for name in ("lse_smem", "delta_smem")}
 
             def step(i, sums):
                 slot = lax.rem(i, STAGES)
                 plgpu.barrier_wait(ref["full"].at[slot])
                 stream, stream2 = ref["stream_smem"].at[slot], ref["stream2_smem"].at[slot]
-                lse, delta = fixed or _load_statistics(
-                    hw.PER_COLUMN, ref["lse_smem"].at[slot], ref["delta_smem"].at[slot]
-                )
-                spread = hw.per_column if keys else hw.per_row
+
+                def statistic(name, like):
+                    """Of keys only where it is needed: both before the products would not fit the registers."""
+                    if keys:
+                        return hw.per_column(_load(hw.PER_COLUMN, ref[name].at[slot]), like)
+                    return hw.per_row(fixed[name], like)
 
                 def scores(s_acc, dp_acc):
                     plgpu.wgmma(s_acc, ref["stay_smem"], stream.transpose((1, 0)))
                     plgpu.wgmma(dp_acc, ref["stay2_smem"], stream2.transpose((1, 0)))
                     # The barriers are needed: see `hw.product`.
                     s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
-                    exponent = s * (scale * hw.LOG2E) - spread(lse, s)
+                    exponent = s * (scale * hw.LOG2E) - statistic("lse_smem", s)
                     p = jnp.exp2(jnp.minimum(exponent, 0.0) if clamp else exponent)
                     dp = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
-                    return p, p * (dp - spread(delta, dp))
+                    return p, p * (dp - statistic("delta_smem", dp))
 
                 accumulator = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
                 p, ds = pl.run_scoped(scores, accumulator, accumulator)
@@ -255,8 +257,8 @@ def _gradients(
     return kernel(*inputs.values())
 
 
-def _load_statistics(layout, lse_smem, delta_smem):
-    return tuple(plgpu.load(ref, layout=layout, optimized=False) for ref in (lse_smem, delta_smem))
+def _load(layout, vector):
+    return plgpu.load(vector, layout=layout, optimized=False)
 
 
 def _add_products(sums, factors, stage):

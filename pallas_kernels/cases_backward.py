@@ -14,9 +14,12 @@ from pallas_kernels.block_map import num_selected
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.cases_attention import TOPK
 
-# Tokens, heads, head_dim, block_q and block_k. Lists for 64 rows are not among them: there the kernel for dK and dV
-# spills 64 bytes.
-SHAPES = tuple((*shape, *BLOCKS[0]) for shape in ((32_760, 12, 128), (75_600, 40, 128), (32_760, 12, 64)))
+# Tokens, heads, head_dim, block_q and block_k: the first shape with every block size.
+SHAPES = (
+    *((32_760, 12, 128, *blocks) for blocks in BLOCKS),
+    (75_600, 40, 128, *BLOCKS[0]),
+    (32_760, 12, 64, *BLOCKS[0]),
+)
 
 
 def compile_cases() -> list[Case]:
