@@ -2,13 +2,13 @@
 
     python -m experiments.h100_tables > docs/h100.md        # a second; reads experiments/h100/*.json
 
-The data come from, each on one GPU and in one run a file:
-    python -m turbojax.bench_rows --rungs dense+w8a8 sla+w8a8 sagesla+w8a8 --repeats 2 --json rows.json
-    python -m turbojax.bench_rows --no-baseline --rungs sla+w8a8 --json later.json    (replaces that rung where newer)
+The data come from, each on one GPU and in one run a rung or a row:
+    python -m turbojax.bench_rows --rungs sla+w8a8 --profile --json rows.json     kernel times go to profile.json
     python -m pallas_kernels.hardware_check --bench --json attention.json
-    pallas_kernels.hardware_check_backward.times(32_760, 12, 128, 0.1)                  -> backward.json
-    turbojax.programs.decode and UMT5Encoder, compiled and timed three times, best       -> ends.json
-    jax.profiler around one run of the first row, device time summed by kernel           -> profile.json
+    python -m pallas_kernels.hardware_check --json checks.json                    with hardware_check_backward
+        --only gradients and hardware_check_linear, as "gradients" and "linear"
+    python -m pallas_kernels.hardware_check_backward --only backward --json backward.json
+    python -m experiments.h100_ends --torch --json ends.json
     python -m pallas_kernels.hardware_check_linear --bench --json linear.json
 """
 
@@ -23,16 +23,17 @@ DATA = Path(__file__).parent / "h100"
 INTRO = """\
 # Measured on one H100
 
-{device}, JAX {jax}. Random full-size weights, 81 frames, the DiT alone. Made by `experiments/h100_tables.py` from
+{device}, JAX {jax}. Random full-size weights, 81 frames. Made by `experiments/h100_tables.py` from
 `experiments/h100/*.json`; the commands that wrote those stand at the head of that file. What was tried, and what it
 gave: [h100_attempts.md](h100_attempts.md).
 """
 ROWS = """
 ## The article's rows
 
-Seconds for 4 steps at top-k 0.1, whole sampler in one program. The baseline is ours: dense bf16 (cuDNN attention), 50
-UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed and scaled to 50. "Memory" is
-arguments plus temporaries of the fastest program, as the compiler counts them.
+Seconds of the DiT alone, 4 steps at top-k 0.1, whole sampler in one program; image to video with two distinct experts
+on the card. "sagesla" is in blocks of 64x128, as TurboDiffusion has it on this GPU. The baseline is ours: dense bf16
+(cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed and scaled
+to 50. "Memory" is arguments plus temporaries of the fastest program, as the compiler counts them.
 
 | row | baseline, 50 steps | {rungs} | best speed-up | memory |
 |---|---|{rules}|---|---|
@@ -48,7 +49,8 @@ Milliseconds of the pullback alone, same shape. "sparse" is the block-sparse bra
 ENDS = """
 ## Text encoder and VAE
 
-bf16, one prompt of 512 tokens, one clip of 81 frames. "Memory" is arguments plus temporaries.
+bf16, one prompt of 512 tokens, one clip of 81 frames. "Memory" is arguments plus temporaries; of torch (eager;
+{versions}) its peak. A clip is `Pipeline.generate`, prompt to frames on the host, compiled before.
 
 | program | seconds | compile, s | memory |
 |---|---|---|---|
@@ -56,11 +58,18 @@ bf16, one prompt of 512 tokens, one clip of 81 frames. "Memory" is arguments plu
 PROFILE = """
 ## Where the time of a row went
 
-{row}, {rung}, {gpu_ms:.0f} ms on the GPU, measured before the linear branch was fused into the attention kernel
-(its parts were the fusions, transposes and cuBLAS products below).
+{row}, {rung}: {gpu_ms:.0f} ms on the GPU in {launches} launches, {seconds:.3f} s by the clock.
 
 | kernel | launches | ms |
 |---|---|---|
+"""
+CHECKS = """
+## Checked
+
+On the card, against float32 references: {attention} cases of attention and sparse-linear attention (every block size,
+lengths from 1 to 200,000, outliers, zeros, logits of 1e4, and the portable kernels as built for sm_80, sm_89 and
+sm_90), {gradients} of gradients, {linear} of the linear kernels. {failed} Largest relative error of INT8 attention
+{int8:.3f}, of 16-bit attention {bf16:.4f}, of a gradient {gradient:.4f}.
 """
 ATTENTION = """
 ## Attention
@@ -113,16 +122,43 @@ def backward_table(data: dict[str, Any]) -> str:
 
 
 def ends_table(data: dict[str, Any]) -> str:
-    lines = [ENDS]
+    lines = [ENDS.format(versions=", ".join(" ".join(item) for item in data["versions"].items()))]
     for row in data["rows"]:
-        memory = (row["argument_bytes"] + row["temporary_bytes"]) / 2**30
-        lines.append(f"| {row['name']} | {row['seconds']:.3f} | {row['compile_seconds']:.0f} | {memory:.1f} GiB |\n")
+        stages = {name: seconds for name, seconds in row.get("stages", {}).items() if name in ("text", "dit", "vae")}
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
+        name = row["name"] + (f" ({parts})" if parts else "")
+        whole = row.get("peak_bytes") or row.get("argument_bytes", 0) + row.get("temporary_bytes", 0)
+        memory = f"{whole / 2**30:.1f} GiB" if whole else "-"
+        compiling = f"{row['compile_seconds']:.0f}" if "compile_seconds" in row else "-"
+        lines.append(f"| {name} | {row['seconds']:.3f} | {compiling} | {memory} |\n")
     return "".join(lines)
 
 
-def profile_table(data: dict[str, Any]) -> str:
-    rows = (f"| {k['name'][:60]} | {k['launches']} | {k['ms']:.1f} |\n" for k in data["kernels"][:16])
-    return PROFILE.format(**data) + "".join(rows)
+def profile_tables(data: dict[str, Any]) -> str:
+    out = []
+    for i, profile in enumerate(data["profiles"]):
+        text = PROFILE.format(**profile)
+        out.append(text if i == 0 else text.replace("\n## Where the time of a row went\n", ""))
+        out += [f"| {k['name'][:60]} | {k['launches']} | {k['ms']:.1f} |\n" for k in profile["kernels"]]
+    return "".join(out)
+
+
+def checks_text(data: dict[str, Any]) -> str:
+    parts = {name: data[name] for name in ("attention", "gradients", "linear")}
+    failed = [row["name"] for rows in parts.values() for row in rows if not row["ok"]]
+
+    def largest(kinds: tuple[str, ...]) -> float:
+        # Logits of 1e4 are further apart than INT8 can say.
+        found = [r for r in data["attention"] if r["name"].startswith(kinds) and "logits 1e4" not in r["name"]]
+        return max(row["relative"] for row in found)
+
+    return CHECKS.format(
+        **{name: len(rows) for name, rows in parts.items()},
+        failed=f"Failed: {', '.join(failed)}." if failed else "All pass.",
+        int8=largest(("int8", "sagesla")),
+        bf16=largest(("bf16", "sla")),
+        gradient=max(max(row["relative"]) for row in data["gradients"]),
+    )
 
 
 def linear_table(data: dict[str, Any]) -> str:
@@ -145,7 +181,8 @@ def main() -> None:
         attention_table(read("attention")),
         backward_table(read("backward")),
     ]
-    parts += [linear_table(read("linear")), ends_table(read("ends")), profile_table(read("profile"))]
+    parts += [linear_table(read("linear")), ends_table(read("ends")), checks_text(read("checks"))]
+    parts.append(profile_tables(read("profile")))
     print("".join(parts), end="")
 
 

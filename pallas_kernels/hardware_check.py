@@ -3,6 +3,8 @@
     python -m pallas_kernels.hardware_check --json OUT            accuracy, 10 to 20 s a case; --only TEXT for some
     python -m pallas_kernels.hardware_check --bench --json OUT    times at 32,760 tokens, beside cuDNN attention
 
+Nearly all of an accuracy case is compilation: processes with --part 0/4, 1/4 ... share a GPU well.
+
 Cases run in a child process, so that one that hangs or corrupts the GPU's state costs only itself.
 """
 
@@ -30,12 +32,14 @@ from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.dispatch import compiling_for, gpu_arch
 from pallas_kernels.sage_attention import BLOCK_K, BLOCK_Q, sage_attention
+from pallas_kernels.sparse_linear_attention import sparse_linear_attention
 
 CASE_SECONDS = 150
-# Relative L2 against exact attention; why: tests/pallas_kernels.
-BOUNDS = {"int8": 5e-2, "bf16": 1e-2}
+# Relative L2 against exact attention; why: tests/pallas_kernels. "sla" and "sagesla" are "bf16" and "int8" with the
+# routing and the linear branch.
+BOUNDS = {"int8": 5e-2, "bf16": 1e-2, "sagesla": 5e-2, "sla": 1e-2}
 # Kernels round P against the running maximum, XLA against the final one: measured 1.8e-2 apart.
-FROM_XLA = {"int8": 3e-2, "bf16": 5e-3}
+FROM_XLA = {"int8": 3e-2, "bf16": 5e-3, "sagesla": 3e-2, "sla": 5e-3}
 PARTS = ("routing", "quantize", "linear branch")
 
 
@@ -79,8 +83,16 @@ def _mean(rng, shape):
     return q, k + 6 * rng.standard_normal(shape[-1], np.float32), v
 
 
+def _offset(rng, shape):
+    """Over many independent keys attention gives nearly the mean of V. Were that 0, what is left of the values would
+    be as small as the rounding of all of them, and the error relative to it would say nothing."""
+    q, k, v = _gaussian(rng, shape)
+    return q, k, v + 1
+
+
 DATA: dict[str, Callable] = {
     "gaussian": _gaussian,
+    "offset": _offset,
     "outliers": _outliers,
     "mean": _mean,
     "zeros": lambda rng, shape: [np.zeros(shape, np.float32)] * 3,
@@ -99,15 +111,23 @@ def checks() -> list[Check]:
     out += [Check("int8", 1024, 2, 128, None, dtype="float16")]
     out += [Check("bf16", 777, 3, dim, blocks, "outliers", batch=2) for blocks in BLOCKS for dim in (128, 64)]
     out += [Check("bf16", 500, 2, 128, BLOCKS[0], data) for data in ("zeros", "constant", "logits 1e4")]
+    for kind in ("sla", "sagesla"):
+        out += [Check(kind, 777, 3, 128, blocks, batch=2) for blocks in BLOCKS]
+        out += [Check(kind, 1000, 3, 64, BLOCKS[0], "mean"), Check(kind, 32_760, 12, 128, BLOCKS[0], topk=0.1)]
     out += [Check("int8", 32_760, 12, 128, blocks, "outliers", topk=0.1) for blocks in (None, *BLOCKS)]
+    # 720p, whose many key blocks are chosen by counting instead of sorting, and longer than any preset.
+    out += [Check(kind, 75_600, 2, 128, BLOCKS[0], topk=0.1) for kind in ("sla", "sagesla")]
+    out += [Check(kind, 200_000, 1, 128, BLOCKS[-1], topk=0.05) for kind in ("sla", "sagesla")]
+    out.append(Check("int8", 200_000, 1, 128, None, "offset"))
     out += [Check("bf16", 32_760, 12, 128, blocks, "outliers", topk=0.1) for blocks in BLOCKS]
     for arch in ((9, 0), (8, 9), (8, 0)):
         for dim, blocks in zip((128, 64, 128, 64), (None, *BLOCKS), strict=True):
             out.append(Check("int8", 777, 3, dim, blocks, "outliers", batch=2, portable=arch))
         out += [Check("bf16", 777, 3, dim, BLOCKS[0], batch=2, portable=arch) for dim in (128, 64)]
     for arch in ((9, 0), (8, 9)):
-        out += [Check("int8", 32_760, 12, 128, blocks, topk=0.1, portable=arch) for blocks in (None, BLOCKS[0])]
-        out.append(Check("bf16", 32_760, 12, 128, BLOCKS[0], topk=0.1, portable=arch))
+        large = functools.partial(Check, length=32_760, heads=12, dim=128, data="offset", topk=0.1, portable=arch)
+        out += [large("int8", blocks=blocks) for blocks in (None, BLOCKS[0])]
+        out.append(large("bf16", blocks=BLOCKS[0]))
     return out
 
 
@@ -117,11 +137,18 @@ def run_check(check: Check) -> dict:
     q, k, v = (jnp.asarray(x, check.dtype) for x in DATA[check.data](rng, shape))
     wide = [heads_first(x.astype(jnp.float32)) for x in (q, k, v)]
     scale = default_scale(check.dim)
-    quantized = check.kind == "int8"
+    quantized = check.kind in ("int8", "sagesla")
     with jax.default_matmul_precision("highest"):
         if check.blocks is None:
             run = functools.partial(sage_attention, q, k, v)
             want = heads_last(jax.jit(dense_xla, static_argnums=3)(*wide, scale), shape)
+        elif check.kind in ("sla", "sagesla"):
+            op = functools.partial(
+                sparse_linear_attention, topk=check.topk, block_q=check.blocks[0], block_k=check.blocks[1]
+            )
+            w, b = (jnp.asarray(rng.standard_normal(s) / 8, check.dtype) for s in ((check.dim,) * 2, (check.dim,)))
+            run = functools.partial(op, q, k, v, w, b, quantized=quantized)
+            want = op(*(x.astype(jnp.float32) for x in (q, k, v, w, b)), implementation="xla")
         else:
             block_q, block_k = check.blocks
             index = sla_block_map(q, k, topk=check.topk, block_q=block_q, block_k=block_k)
@@ -200,7 +227,7 @@ def _milliseconds(run: Callable[[], jax.Array], repeats: int = 10) -> float:
 def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Callable[[], float]]:
     """Name -> a function that returns milliseconds. "kernel" is the kernel alone, on operands made before."""
     from pallas_kernels import _hopper_attention as hopper
-    from pallas_kernels.sparse_linear_attention import linear_attention, sparse_linear_attention
+    from pallas_kernels.sparse_linear_attention import linear_attention
 
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (1, length, heads, dim), jnp.bfloat16) for key in keys)
@@ -260,12 +287,18 @@ def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Cal
     return cases
 
 
+def part(text: str) -> tuple[int, int]:
+    """ "I/N": the Ith of N processes that share the cases, counted from 0."""
+    i, n = map(int, text.split("/"))
+    return i, n
+
+
 def _names(options) -> list[str]:
     if options.bench:
         names = list(bench_cases_names())
     else:
         names = [check.name for check in checks()]
-    return [name for name in names if options.only in name]
+    return [name for name in names if options.only in name][options.part[0] :: options.part[1]]
 
 
 def bench_cases_names() -> list[str]:
@@ -347,6 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--bench", action="store_true", help="times instead of accuracy")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--part", type=part, default=(0, 1), help="I/N: every Nth case from the Ith on, from 0")
     parser.add_argument("--length", type=int, default=32_760)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--dim", type=int, default=128)

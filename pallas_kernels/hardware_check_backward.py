@@ -23,6 +23,7 @@ import numpy as np
 from pallas_kernels._refusals import BLOCKS
 from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.hardware_check import part
 from pallas_kernels.sparse_linear_attention import sparse_linear_attention
 from pallas_kernels.timing import seconds
 
@@ -100,6 +101,8 @@ def times(length: int, heads: int, dim: int, topk: float) -> dict[str, Callable[
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.hardware_check_backward", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--part", type=part, default=(0, 1), help="I/N: every Nth case from the Ith on, from 0")
     parser.add_argument("--length", type=int, default=32_760)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--dim", type=int, default=128)
@@ -113,11 +116,12 @@ def main(argv: list[str] | None = None) -> int:
             cases[f"gradients {blocks[0]}x{blocks[1]} {size}"] = functools.partial(check, size, blocks, topk)
     for name, run in times(options.length, options.heads, options.dim, options.topk).items():
         cases[f"backward {name}"] = lambda run=run: {"ms": run(), "ok": True}
+    names = [name for name in cases if options.only in name][options.part[0] :: options.part[1]]
     rows = []
-    for name, run in cases.items():
+    for name in names:
         start = time.perf_counter()
         try:
-            row = run()
+            row = cases[name]()
         except Exception as error:
             row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:600]}
         rows.append({"name": name, "seconds": time.perf_counter() - start} | row)

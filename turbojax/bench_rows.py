@@ -9,9 +9,11 @@ unconditional batched) is timed over 2 steps and scaled to 50, which the output 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,7 +52,8 @@ LADDER: Mapping[str, tuple[AttentionConfig, bool]] = {
     "dense+w8a8": (AttentionConfig("dense"), True),
     "sage+w8a8": (AttentionConfig("sage"), True),
     "sla+w8a8": (AttentionConfig("sla"), True),
-    "sagesla+w8a8": (AttentionConfig("sagesla"), True),
+    # Blocks as TurboDiffusion has them on this GPU; elsewhere it takes those of "sla".
+    "sagesla+w8a8": (AttentionConfig("sagesla", block_q=64, block_k=128), True),
 }
 
 
@@ -62,23 +65,46 @@ def random_dit(config: Any, quantized: bool, seed: int = 0) -> tuple[Any, Any]:
         return quantize_dit(module) if quantized else module
 
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
-    leaves, structure = jax.tree.flatten(abstract)
+    return graphdef, draw(abstract, seed)
+
+
+def draw(abstract: Any, seed: int = 0) -> Any:
+    """A tree of arrays like `abstract`: random numbers as a trained model has them."""
     key = jax.random.key(seed)
-    drawn = [_draw(jax.random.fold_in(key, i), leaf.shape, jnp.dtype(leaf.dtype)) for i, leaf in enumerate(leaves)]
-    return graphdef, jax.tree.unflatten(structure, drawn)
+    leaves, structure = jax.tree.flatten_with_path(abstract)
+    drawn = []
+    for i, (path, leaf) in enumerate(leaves):
+        names = {str(getattr(part, "key", getattr(part, "name", ""))) for part in path}
+        drawn.append(_draw(names, jax.random.fold_in(key, i), leaf.shape, jnp.dtype(leaf.dtype)))
+    return jax.tree.unflatten(structure, drawn)
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Numbers of a trained model's size: kernels of standard deviation 1/sqrt(width), int8 over its range."""
+def _draw(names: set[str], key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Kernels of standard deviation near 1/sqrt(width), what scales a norm near 1, and int8 as rounding a Gaussian row
+    by its largest gives it: how fast the tensor cores run depends on how many bits flip."""
     if dtype == jnp.int8:
-        # Layer by layer: drawing a whole stack needs four times its bytes.
-        layer = jax.jit(lambda k: jax.random.randint(k, shape[1:], -127, 128, jnp.int8))
-        return jnp.stack([layer(k) for k in jax.random.split(key, shape[0])])
+
+        def rounded(key: jax.Array) -> jax.Array:
+            x = jax.random.normal(key, shape[1:], jnp.bfloat16).astype(jnp.float32)
+            return jnp.round(x * (127.0 / jnp.max(jnp.abs(x), axis=-1, keepdims=True))).astype(jnp.int8)
+
+        return _by_layers(rounded, key, shape[0])
+    if "weight_scale" in names:
+        return jnp.full(shape, 3.5 / 127 / max(shape[1:]) ** 0.5, dtype)
+    if names & {"scale", "gamma"}:
+        return (1.0 + 0.1 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
     scale = 0.5 / max(shape) ** 0.5 if len(shape) > 1 else 0.02
     if len(shape) == 3:
-        layer = jax.jit(lambda k: (scale * jax.random.normal(k, shape[1:], jnp.bfloat16)).astype(dtype))
-        return jnp.stack([layer(k) for k in jax.random.split(key, shape[0])])
+        return _by_layers(
+            lambda k: (scale * jax.random.normal(k, shape[1:], jnp.bfloat16)).astype(dtype), key, shape[0]
+        )
     return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _by_layers(one: Callable[[jax.Array], jax.Array], key: jax.Array, layers: int) -> jax.Array:
+    """Layer by layer: drawing a whole stack needs four times its bytes."""
+    layer = jax.jit(one)
+    return jnp.stack([layer(k) for k in jax.random.split(key, layers)])
 
 
 def timed(
@@ -93,6 +119,21 @@ def timed(
         result = jax.block_until_ready(program(*arguments))
         seconds.append(time.perf_counter() - begun)
     return seconds, result
+
+
+def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """What the GPU did during one run: {"name", "launches", "ms"} of each kernel, the longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        planes = [p for p in jax.profiler.ProfileData.from_file(str(trace)).planes if "GPU" in p.name]
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    for line in (line for plane in planes for line in plane.lines if "Stream" in line.name):
+        for event in line.events:
+            spent[event.name].append(event.duration_ns / 1e6)
+    found = [{"name": k, "launches": len(v), "ms": round(sum(v), 3)} for k, v in spent.items()]
+    return sorted(found, key=lambda kernel: -kernel["ms"])
 
 
 def latent_shape(preset: Preset, size: tuple[int, int], frames: int = FRAMES) -> tuple[int, int, int, int, int]:
@@ -134,7 +175,12 @@ def sampler(preset: Preset, graphdef: Any, attention: AttentionConfig, guided: b
 
 
 def measure(
-    name: str, row: Row, rungs: Mapping[str, tuple[AttentionConfig, bool]], repeats: int, baseline: bool
+    name: str,
+    row: Row,
+    rungs: Mapping[str, tuple[AttentionConfig, bool]],
+    repeats: int,
+    baseline: bool,
+    profile: bool = False,
 ) -> dict:
     """Seconds and memory of the baseline and of every rung; a rung that fails says why and the others go on."""
     preset = PRESETS[row.preset]
@@ -147,27 +193,28 @@ def measure(
     out: dict[str, Any] = {"row": name, "preset": row.preset, "size": row.size, "frames": FRAMES}
     jobs = [("baseline", AttentionConfig("dense"), False, True)] if baseline else []
     jobs += [(rung, attention, quantized, False) for rung, (attention, quantized) in rungs.items()]
-    held: dict[tuple[bool, bool], Any] = {}
+    held: dict[tuple[bool, bool, int], Any] = {}
     for rung, attention, quantized, guided in jobs:
         linear_branch = attention.kind in ("sla", "sagesla")
-        key = (linear_branch, quantized)
-        if key not in held:
-            held.clear()
-            config = dataclasses.replace(preset.dit, linear_branch=linear_branch)
-            held[key] = random_dit(config, quantized)
-        graphdef, state = held[key]
-        # Two experts of the same size: the second is the first's weights again where two do not fit.
-        states = (state, state) if preset.boundary is not None else (state,)
+        # Of two experts the baseline's timed steps, the first ones, are all the high-noise one's.
+        experts = 1 if guided or preset.boundary is None else 2
+        key = (linear_branch, quantized, experts)
         try:
+            if key not in held:
+                states = ()  # and with it the last weights
+                held.clear()
+                config = dataclasses.replace(preset.dit, linear_branch=linear_branch)
+                held[key] = [random_dit(config, quantized, seed) for seed in range(experts)]
+            graphdef, states = held[key][0][0], tuple(state for _, state in held[key])
             out[rung] = _rung(preset, graphdef, states, attention, guided, repeats,
-                              (noise, step_noise, context, condition))  # fmt: skip
+                              (noise, step_noise, context, condition), profile)  # fmt: skip
         except Exception as error:
             out[rung] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         print(name, rung, json.dumps(out[rung]), flush=True)
     return out
 
 
-def _rung(preset, graphdef, states, attention, guided, repeats, inputs) -> dict[str, Any]:
+def _rung(preset, graphdef, states, attention, guided, repeats, inputs, profile) -> dict[str, Any]:
     program = jax.jit(sampler(preset, graphdef, attention, guided, preset.boundary is not None))
     begun = time.perf_counter()
     compiled = program.lower(states, *inputs).compile()
@@ -185,6 +232,8 @@ def _rung(preset, graphdef, states, attention, guided, repeats, inputs) -> dict[
         "argument_bytes": getattr(analysis, "argument_size_in_bytes", None),
         "peak_bytes_in_use": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
+    if profile:
+        out["kernels"] = kernel_times(lambda: compiled(states, *inputs))
     if guided:
         out["scaled_to_50_steps"] = round(median * BASELINE_STEPS / TIMED_STEPS, 2)
     return out
@@ -193,16 +242,17 @@ def _rung(preset, graphdef, states, attention, guided, repeats, inputs) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--rungs", nargs="+", choices=LADDER, default=list(LADDER))
+    parser.add_argument("--rungs", nargs="*", choices=LADDER, default=list(LADDER))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="run once more, and say where the time goes by kernel")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = jax.devices()[0]
     results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "rows": []}
     for name in args.rows:
         rungs = {rung: LADDER[rung] for rung in args.rungs}
-        results["rows"].append(measure(name, ROWS[name], rungs, args.repeats, not args.no_baseline))
+        results["rows"].append(measure(name, ROWS[name], rungs, args.repeats, not args.no_baseline, args.profile))
         if args.json:
             partial = args.json.with_suffix(".partial")
             partial.write_text(json.dumps(results, indent=2) + "\n")
