@@ -11,9 +11,9 @@ the blocks left out. Then every arm makes clips. Only for models of the small mo
 drawn. `experiments.merge_vs_sequential` asks what merging does.
 
 What came out (`--steps 200`): everything has to move. The velocity's error falls from 25.3% to 19.4% when all weights
-move and to 22.7% when proj_l moves alone. The self-attention's weights end where they began, at 25.4%: they are quick at
-first (23.1% after 25 updates) and gain at high noise (34% to 25% at s = 0.95), but lose at low noise what the teacher
-knew (17% to 23% at s = 0.5), where few updates look. The curves of the other two still fall: 200 updates are too few. On
+move and to 22.7% when proj_l moves alone. The self-attention's weights end where they began, at 25.4%: quick at first
+(23.1% after 25 updates), they gain at high noise (34% to 25% at s = 0.95), but lose at low noise what the teacher knew
+(17% to 23% at s = 0.5), where few updates look. The curves of the other two still fall: 200 updates are too few. On
 clips the arms cannot be told apart, 24 each: 0.7 to 1.2 dB short of the guided teacher's and 83 to 92% right, as is the
 teacher with sparse attention and no tuning (1.2 dB, 88%), which pays two passes a step for guidance and they one.
 """
