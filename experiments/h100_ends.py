@@ -102,7 +102,7 @@ def clip() -> dict[str, Any]:
 
 
 def torch_seconds(run: Callable[[], Any]) -> dict[str, Any]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     seconds = []
     with torch.inference_mode():
@@ -116,8 +116,8 @@ def torch_seconds(run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def encode_torch() -> dict[str, Any]:
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     ours: UMT5Config = PRESET.text_encoder
     config = transformers.UMT5Config(
@@ -132,8 +132,8 @@ def encode_torch() -> dict[str, Any]:
 
 
 def decode_torch(size: tuple[int, int]) -> dict[str, Any]:
-    import diffusers
-    import torch
+    import diffusers  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):

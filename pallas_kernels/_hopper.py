@@ -61,6 +61,31 @@ def product(a, b, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
     return lax.optimization_barrier(pl.run_scoped(body, plgpu.WGMMAAccumulatorRef(shape, dtype)))
 
 
+def by_tiles(body, name: str, inputs, outputs, scratch, *, grid: tuple[int, int], warpgroups: int, interpret: bool):
+    """Runs body(refs) for every head and tile of the grid, in `warpgroups` warpgroups and one more that loads.
+
+    inputs: arrays; outputs: their shapes; scratch: memory and barriers, each by its name, as body finds them in refs.
+    """
+    names = [*inputs, *outputs, *scratch]
+
+    def named(*refs):
+        body(dict(zip(names, refs, strict=True)))
+
+    named.__name__ = name
+    kernel = plgpu.kernel(
+        named,
+        out_type=tuple(outputs.values()),
+        grid=grid,
+        grid_names=("head", "tile"),
+        num_threads=warpgroups + 1,
+        thread_name="wg",
+        scratch_types=list(scratch.values()),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
+    )
+    return kernel(*inputs.values())
+
+
 TURN = 5
 """First of two named barriers, one for each warpgroup's turn. Mosaic GPU takes 0 and 1 + warpgroup of the 16."""
 

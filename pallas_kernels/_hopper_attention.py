@@ -7,7 +7,8 @@ memory by TMA. Lists for 128 query rows are shared by the two (one ring); lists 
     P  = 448 exp2(S sq sk - m)  in float32; m is the running maximum, never left out
     O  = O alpha + P8 V8       wgmma f32 <- e4m3 x e4m3, P from registers, V^T K-major
 
-In 16 bits Q, K, V and P stay bfloat16 or float16, without scales and with V as it is.
+In 16 bits Q, K, V and P stay bfloat16 or float16, without scales and with V as it is, and P V is added to O where it
+lies, which leaves registers for 128 keys a step: of blocks of 64 two, where both warpgroups follow one list.
 
 Scores run a step ahead: Q K(i)^T goes to the tensor cores with P(i-1) V(i-1), and the warpgroups take turns there.
 With a linear branch the output gets f(q) times its matrix at the end, f(q) from the tile of Q.
@@ -210,8 +211,7 @@ def hopper_attention(
     tail = lk - (blocks - 1) * bk  # keys of the last block
     score_dtype = jnp.int32 if quantized else jnp.float32
 
-    def body(*refs):
-        ref = dict(zip(names, refs, strict=True))
+    def body(ref):
         head, tile, wg = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("wg")
         batch, h = head // heads, head % heads
 
@@ -451,20 +451,11 @@ def hopper_attention(
             scratch["raw_full"] = plgpu.Barrier(num_barriers=WARPGROUPS)
     if interpret:
         scratch["p_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, width), v.dtype)
-    names = [*inputs, "out", "lse", *scratch]
-    body.__name__ = ("sage" if quantized else "attention") + ("_dense" if index is None else "_sparse")
-    kernel = plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(shape, dtype),
-            jax.ShapeDtypeStruct((n, tiles * TILE_Q), jnp.float32),
-        ),
-        grid=(n, tiles),
-        grid_names=("head", "tile"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        scratch_types=list(scratch.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
+    outputs = {
+        "out": jax.ShapeDtypeStruct(shape, dtype),
+        "lse": jax.ShapeDtypeStruct((n, tiles * TILE_Q), jnp.float32),
+    }
+    name = ("sage" if quantized else "attention") + ("_dense" if index is None else "_sparse")
+    return hw.by_tiles(
+        body, name, inputs, outputs, scratch, grid=(n, tiles), warpgroups=WARPGROUPS, interpret=interpret
     )
-    return kernel(*inputs.values())

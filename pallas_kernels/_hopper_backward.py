@@ -113,8 +113,7 @@ def _gradients(
     outputs = 2 if keys else 1
     tiles = -(-length // TILE)
 
-    def body(*refs):
-        ref = dict(zip(names, refs, strict=True))
+    def body(ref):
         head, tile, wg = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("wg")
         batch, h = head // heads, head % heads
         row = lax.div(tile * TILE, jnp.int32(block))
@@ -241,20 +240,17 @@ def _gradients(
     }
     if interpret:
         scratch["left_smem"] = plgpu.SMEM((WARPGROUPS, outputs, TILE, TILE), stay.dtype)
-    names = [*inputs, *(f"out{i}" for i in range(outputs)), *scratch]
-    body.__name__ = "attention_sparse_" + ("dk_dv" if keys else "dq")
-    kernel = plgpu.kernel(
+    out = {f"out{i}": jax.ShapeDtypeStruct(stay.shape, stay.dtype) for i in range(outputs)}
+    return hw.by_tiles(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct(stay.shape, stay.dtype) for _ in range(outputs)),
+        "attention_sparse_" + ("dk_dv" if keys else "dq"),
+        inputs,
+        out,
+        scratch,
         grid=(b * heads, tiles),
-        grid_names=("head", "tile"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        scratch_types=list(scratch.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
+        warpgroups=WARPGROUPS,
+        interpret=interpret,
     )
-    return kernel(*inputs.values())
 
 
 def _load(layout, vector):
