@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import jax
@@ -52,11 +51,11 @@ def compile_cases() -> list[Case]:
 
 def _fused_cases() -> list[Case]:
     """Sparse-linear attention, fused on Hopper alone: elsewhere it is the cases above beside XLA."""
-    tokens, heads, dim = SHAPES[0]
-    x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
-    projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
+    variants = [(SHAPES[0], blocks, quantized) for blocks in BLOCKS for quantized in (True, False)]
+    # Enough key blocks to be chosen by counting.
+    variants.append((SHAPES[1], BLOCKS[0], False))
     cases = []
-    for (block_q, block_k), quantized in itertools.product(BLOCKS, (True, False)):
+    for (tokens, heads, dim), (block_q, block_k), quantized in variants:
         op = functools.partial(
             sparse_linear_attention,
             topk=TOPK,
@@ -65,6 +64,8 @@ def _fused_cases() -> list[Case]:
             quantized=quantized,
             implementation="mosaic_gpu",
         )
+        x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
+        projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
         kind = "int8" if quantized else "bf16"
         name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}"
         cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=3))
