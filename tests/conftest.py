@@ -10,8 +10,16 @@ os.environ.setdefault("NPROC", "16")
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import config, install_import_hook
 
-from turbojax.host_memory import keep_freed_memory
+# Where arrays pass, every call is held from here on against the shapes and types in its signature.
+CHECKED = (
+    "pallas_kernels", "turbojax.attention", "turbojax.models", "turbojax.pipeline", "turbojax.programs", "turbojax.quant",
+    "turbojax.samplers", "turbojax.sharding", "turbojax.tokenizer", "turbojax.train",
+)  # fmt: skip
+install_import_hook(CHECKED, "beartype.beartype")
+
+from turbojax.host_memory import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()
 
@@ -26,3 +34,11 @@ def no_compilation_cache_left_on() -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For a test of what is told to users: they run without the checks of signatures, and make mistakes."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

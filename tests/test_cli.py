@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -99,12 +100,20 @@ def test_generate_numbers_several_clips_and_passes_every_option_on(folder, tmp_p
     assert asked == expected
 
 
+def test_a_warning_is_one_line_of_its_own(folder, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "generate_each", lambda *_, **__: warnings.warn("odd word", stacklevel=1) or iter(()))
+    with warnings.catch_warnings(action="default"), pytest.raises(ValueError, match="shorter"):  # no clips came
+        main(["generate", PROMPT, "--model", str(folder), "--out", str(tmp_path / "x.gif")])
+    assert capsys.readouterr().err == "turbojax: odd word\n"
+
+
 def test_several_clips_are_numbered(folder, tmp_path, cache):
     arguments = ["--model", str(folder), "--seed", "0,1", "--frames", "1", "--out", str(tmp_path / "x.png")]
     assert main(["generate", PROMPT, *arguments]) == 0
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["x-000.png", "x-001.png"]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

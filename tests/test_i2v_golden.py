@@ -3,6 +3,7 @@ and Wan 2.2's guided loop. Weights go the whole way, from files in Wan's names t
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,8 +47,8 @@ def parts(golden, tmp_path_factory):
     return modules
 
 
-def channels_last(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, -4, -1)
+def channels_last(x: np.ndarray) -> jax.Array:
+    return jnp.moveaxis(jnp.asarray(x), -4, -1)
 
 
 def sample(parts, condition, steps_noise, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +70,7 @@ def sample(parts, condition, steps_noise, **options) -> tuple[np.ndarray, np.nda
 
 def test_condition_equals_turbodiffusions(parts, golden):
     graph, state = nnx.split(parts["vae"])
-    ours = encode_image(state, golden[1]["picture"], graphdef=graph, frames=5, batch=1)
+    ours = encode_image(state, jnp.asarray(golden[1]["picture"]), graphdef=graph, frames=5, batch=1)
     theirs = channels_last(golden[1]["y"])
     np.testing.assert_array_equal(ours[..., :4], theirs[..., :4])
     assert relative(ours[..., 4:], theirs[..., 4:]) < 2e-5  # float32 sums in another order

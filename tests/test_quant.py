@@ -58,6 +58,7 @@ def test_a_float32_model_gives_float32_back(dit):
     assert single(x).dtype == jnp.float32
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_granularity_is_refused(dit):
     with pytest.raises(ValueError, match="granularity"):
         quantize_dit(dit, "row")

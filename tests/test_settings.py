@@ -60,6 +60,7 @@ def test_numpy_integers_are_integers():
     assert check_seeds(np.arange(3)) == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -97,6 +98,7 @@ def test_mistakes_are_told_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_prompts_and_seeds_are_checked():
     assert check_prompts("a circle") == ["a circle"]
     for empty in ("", " \n", ["a circle", ""], []):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     assert module is not None
     try:
-        return module.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return module.run(args) or 0
     except UserError as error:
         print(f"turbojax {chosen}: {error}", file=sys.stderr)
         return 2
@@ -51,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"turbojax {chosen}: interrupted", file=sys.stderr)
         return 130
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """A line for the user, without the place in the code that Python adds."""
+    print(f"turbojax: {message}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

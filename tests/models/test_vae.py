@@ -130,6 +130,7 @@ def test_attention_over_frames_one_at_a_time_changes_nothing(monkeypatch):
         np.testing.assert_allclose(layer(x)[0], at_once, atol=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -146,6 +147,7 @@ def test_a_video_that_does_not_fit_is_named(golden, shape, message):
             encode(np.zeros(shape, np.float32))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_latents_and_pixels_of_the_wrong_kind_are_named(golden):
     vae = golden[0]
     with pytest.raises(ValueError, match=r"expected latents \[B, t, h, w, 4\], got shape \(1, 2, 2, 2, 16\)"):

@@ -149,6 +149,7 @@ def test_a_forced_kernel_says_why_it_cannot_run():
         block_sparse_attention(*args, block_q=32, block_k=64, quantized=True, implementation="mosaic_gpu")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_list_of_the_wrong_shape_is_named():
     args, _ = case("gaussian", 1, 64, 64, 64, 64, 64, 1, "float32")
     with pytest.raises(ValueError, match="block_index has shape"):

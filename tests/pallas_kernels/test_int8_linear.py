@@ -219,6 +219,7 @@ def test_derivatives_are_refused(transform):
         transform(lambda x: int8_linear(x, weight_q, weight_scale).sum())(jnp.ones((2, 8)))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -87,6 +87,7 @@ def test_a_forced_kernel_that_cannot_run_says_why(shape, granularity, message):
     norm_modulate_quantize(x, modulation, modulation, granularity=granularity)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_granularity_is_refused():
     with pytest.raises(ValueError, match="row"):
         norm_modulate_quantize(jnp.ones((1, 1, 128)), jnp.ones(128), jnp.ones(128), granularity="row")

@@ -11,6 +11,7 @@ from attention_reference import attention, cosine, inputs, random_blocks, relati
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu.mma import MMALayouts
+from register_layouts import held_by_each_thread
 
 from pallas_kernels import _portable_attention as portable
 from pallas_kernels import block_sparse_attention, sage_attention
@@ -77,19 +78,6 @@ def test_rows_are_quantised_as_in_xla(length, dim, block):
     steps = np.abs(np.asarray(got, np.int32) - np.asarray(want))
     assert steps.max() <= 1
     assert (steps > 0).mean() <= 1e-3
-
-
-def held_by_each_thread(layout, shape):
-    """[128 threads, registers * values of one], in order: positions row * columns + column."""
-    x = np.arange(np.prod(shape)).reshape(shape)
-    for tile in layout.tiling.tiles:
-        lead = x.ndim - len(tile)
-        outer = [size // part for size, part in zip(x.shape[lead:], tile, strict=True)]
-        x = x.reshape(*x.shape[:lead], *np.ravel(np.column_stack([outer, tile])))
-        axes = np.arange(lead, x.ndim)
-        x = x.transpose(*range(lead), *axes[::2], *axes[1::2])
-    threads = [axis for axis in (*layout.warp_dims, *layout.lane_dims) if isinstance(axis, int)]
-    return np.moveaxis(x, threads, range(len(threads))).reshape(128, -1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])

@@ -91,6 +91,7 @@ def test_weights_of_stacked_layers_quantise_each_alone():
     np.testing.assert_array_equal(scale[1], one_scale)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match=r"matrix \[M, K\]"):
         quantize_blockwise(jnp.zeros((4,)))

@@ -115,6 +115,7 @@ def test_a_forced_kernel_that_cannot_run_says_why(shape, dtype, message):
         rms_norm_rope(x, weight, cos, sin, implementation="interpret")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_shapes_are_named():
     x, weight, _, cos, sin = inputs(1, 4, 2, 16, jnp.float32)
     with pytest.raises(ValueError, match="full width"):

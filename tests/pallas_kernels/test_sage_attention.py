@@ -7,6 +7,7 @@ import pytest
 from attention_reference import DATA, attention, cosine, inputs, relative
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.mosaic.gpu import fragmented_array as fa
+from register_layouts import held_by_each_thread
 
 from pallas_kernels import dense_attention, sage_attention
 from pallas_kernels._hopper import FP8_ORDER
@@ -58,24 +59,11 @@ def test_the_hopper_kernel_agrees_in_the_interpreter(length):
     assert relative(got, sage_attention(q, k, v, implementation="xla")) <= 3e-2
 
 
-def held_by_each_thread(layout):
-    """[128, n] positions (row * 16 + column) of a [64, 16] tile, from the layout's tiling."""
-    x = np.arange(64 * 16).reshape(64, 16)
-    for tile in layout.tiling.tiles:
-        lead = x.ndim - len(tile)
-        outer = [size // part for size, part in zip(x.shape[lead:], tile, strict=True)]
-        x = x.reshape(*x.shape[:lead], *np.ravel(np.column_stack([outer, tile])))
-        axes = np.arange(lead, x.ndim)
-        x = x.transpose(*range(lead), *axes[::2], *axes[1::2])
-    threads = [*layout.warp_dims, *layout.lane_dims]
-    return np.moveaxis(x, threads, range(len(threads))).reshape(128, -1)
-
-
 def test_the_fp8_order_is_that_of_the_register_layouts():
     """Each thread's accumulator values fill its own operand registers: the hardware's half of the switch, which the
     interpreter cannot run, read from the layouts' own tables."""
-    accumulator = held_by_each_thread(fa.WGMMA_LAYOUT)
-    row, column = np.divmod(held_by_each_thread(fa.WGMMA_LAYOUT_8BIT), 16)
+    accumulator = held_by_each_thread(fa.WGMMA_LAYOUT, (64, 16))
+    row, column = np.divmod(held_by_each_thread(fa.WGMMA_LAYOUT_8BIT, (64, 16)), 16)
     moved = row * 16 + np.array(FP8_ORDER)[column]
     np.testing.assert_array_equal(np.sort(moved, axis=1), np.sort(accumulator, axis=1))
 
@@ -100,6 +88,7 @@ def test_a_forced_kernel_says_why_it_cannot_run(shape, dtype, scale, reason):
         sage_attention(x, x, x, scale=scale, implementation="mosaic_gpu")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_that_do_not_fit_are_named():
     x = jnp.ones((1, 64, 2, 64))
     with pytest.raises(ValueError, match="do not fit together"):

@@ -86,6 +86,7 @@ def test_the_quantised_op_has_no_derivative():
         jax.grad(lambda q: sparse_linear_attention(q, k, v, w, b, quantized=True, **SIZES).sum())(q)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("w", "feature_map", "message"), [((16, 8), "softmax", "proj_w"), ((16, 16), "hedgehog", "feature_map 'hedgehog'")]
 )

@@ -24,13 +24,16 @@ def networks(attention=SPARSE, remat="none", config=DIT):
 
 
 class Noise:
-    """Clips of noise."""
+    """Clips of noise, of so many latent frames."""
 
     empty = np.zeros((1, 4, 8), np.float32)
 
+    def __init__(self, frames=2):
+        self.frames = frames
+
     def draw(self, step, count):
         rng = np.random.default_rng(step)
-        latents = rng.standard_normal((count, 2, 4, 4, 16), np.float32)
+        latents = rng.standard_normal((count, self.frames, 4, 4, 16), np.float32)
         return Drawn(latents, rng.standard_normal((count, 4, 8), np.float32))
 
 

@@ -107,7 +107,7 @@ def test_pictures_are_encoded_as_the_pipeline_does_and_a_second_run_reads_them(t
     monkeypatch.setattr(i2v_data, "SHARD", 2)
     drawn = i2v_data.pictures(4, 4)
     encoded = i2v_data.encode_pictures(drawn, vae, tmp_path, whole=3, batch=2)
-    exact = np.asarray(image_condition(vae, np.stack([p.render() for p in drawn]), 5))
+    exact = np.asarray(image_condition(vae, jnp.stack([p.render() for p in drawn]), 5))
     np.testing.assert_allclose(encoded[:3], exact[:3], atol=2e-3)  # float16
     np.testing.assert_allclose(encoded[3, 0], exact[3, 0], atol=2e-3)
     assert any(np.array_equal(encoded[3, 1:], other) for other in encoded[:3, 1:])

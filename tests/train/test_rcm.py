@@ -17,7 +17,7 @@ from turbojax.train import rcm, trigflow
 from turbojax.train.rcm_stage import RCMConfig
 
 SHAPES, GOLDEN = seeded.load("rcm")
-LATENTS, TEXT = (2, 2, 4, 4, 4), (2, 3)
+LATENTS, TEXT = (2, 2, 4, 4, 4), (2, 1, 3)
 TIMES = {"consistency": [0.35, 1.52], "distribution": [1.1, 1.48], "critic": [0.6, 1.3]}
 SIMULATED = jnp.array([[0.0, 0.0], [1.4, 1.2], [1.45, 0.9]])
 
@@ -32,9 +32,8 @@ def parameters(name):
 
 
 def velocity(params, x, timestep, text):
-    shift = (
-        x.mean((1, 2, 3)) @ params["mixed"].T + timestep[:, None] / 1000 @ params["time"].T + text @ params["text"].T
-    )
+    shift = x.mean((1, 2, 3)) @ params["mixed"].T + timestep[:, None] / 1000 @ params["time"].T
+    shift += text[:, 0] @ params["text"].T
     hidden = jnp.tanh(x @ params["inner"].T + shift[:, None, None, None])
     return 0.5 * x + hidden @ params["outer"].T
 

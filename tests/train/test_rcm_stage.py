@@ -7,41 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from train.small_students import ADAM, Noise, networks
 
 from turbojax.attention import AttentionConfig
-from turbojax.config import DiTConfig
-from turbojax.models.dit import WanDiT
 from turbojax.train import loop, rcm
 from turbojax.train.rcm_stage import RCMConfig, RCMStage
-from turbojax.train.student import AdamConfig, Drawn, Networks
-
-ADAM = AdamConfig(1e-3, warmup=1)
-
-
-class Noise:
-    """Clips of noise."""
-
-    empty = np.zeros((1, 4, 8), np.float32)
-
-    def draw(self, step, count):
-        rng = np.random.default_rng(step)
-        latents = rng.standard_normal((count, 1, 4, 4, 16), np.float32)
-        return Drawn(latents, rng.standard_normal((count, 4, 8), np.float32))
 
 
 @pytest.fixture(scope="module")
 def stage():
-    config = DiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=8)
-    teacher = WanDiT(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    # Wan starts with a head of zeros: nothing would reach the losses.
-    teacher.head.kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), teacher.head.kernel.shape)
     attention = AttentionConfig("sla", topk=0.5, block_q=2, block_k=2)
     config = RCMConfig(
         steps=6, batch=2, attention=attention, student_every=2, tangent_warmup=2,
         student_optimizer=ADAM, critic_optimizer=ADAM,
     )  # fmt: skip
-    return RCMStage(config, Networks(teacher, attention), Noise())
+    return RCMStage(config, networks(attention), Noise(frames=1))
 
 
 def moved(before, after):
@@ -72,13 +52,12 @@ def test_the_derivative_along_the_flow_avoids_attention_without_forward_mode(mon
     asked = []
     module = importlib.import_module("pallas_kernels.dense_attention")
     monkeypatch.setattr(module, "cudnn_refusal", lambda *_: asked.append(1) or "no GPU")
-    teacher = WanDiT(DiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=8), rngs=nnx.Rngs(0))
-    networks = Networks(teacher, AttentionConfig("dense"))
+    dense = networks(AttentionConfig("dense"))
     x, t, context = jnp.ones((1, 3, 4, 2, 16)), jnp.ones(1), jnp.ones((1, 5, 8))
 
     def tangent(forward_mode):
         def student(x, timestep):
-            return networks.student(networks.teacher_params, x, timestep, context, forward_mode=forward_mode)
+            return dense.student(dense.teacher_params, x, timestep, context, forward_mode=forward_mode)
 
         return jax.make_jaxpr(lambda: rcm.tangent(student, lambda x, t: x, x, t, 1.0))()
 

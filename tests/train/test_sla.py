@@ -4,40 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from train.small_students import sla_stage
 
 from turbojax.attention import AttentionConfig
-from turbojax.config import DiTConfig
-from turbojax.models.dit import WanDiT
 from turbojax.train import sla
-from turbojax.train.student import AdamConfig, Drawn, Networks
 from turbojax.train.trigflow import LogNormal
 
-CONFIG = DiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=8)
 WHOLE, SPARSE = (AttentionConfig("sla", topk=k, block_q=4, block_k=2) for k in (1.0, 0.25))
 
 
-def networks(attention):
-    teacher = WanDiT(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    # Wan starts with a head of zeros: nothing would reach the loss.
-    teacher.head.kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), teacher.head.kernel.shape)
-    return Networks(teacher, attention)
-
-
-class Stub:
-    """Clips of noise."""
-
-    empty = np.zeros((1, 4, 8), np.float32)
-
-    def draw(self, step, count):
-        rng = np.random.default_rng(step)
-        latents = rng.standard_normal((count, 2, 4, 4, 16), np.float32)
-        return Drawn(latents, rng.standard_normal((count, 4, 8), np.float32))
-
-
 def stage(attention=SPARSE, **changes):
-    config = sla.SLAConfig(steps=8, batch=2, attention=attention, optimizer=AdamConfig(1e-3, warmup=1), **changes)
-    return sla.SLAStage(config, networks(attention), Stub())
+    return sla_stage(**{"steps": 8, "batch": 2, "attention": attention, **changes})
 
 
 def test_student_of_all_blocks_starts_as_its_teacher():

@@ -24,7 +24,7 @@ def test_sampler_and_trainer_share_the_grid():
 
 def test_true_velocity_predicts_the_clean_latents_and_the_flow():
     rng = np.random.default_rng(0)
-    x0, noise = rng.standard_normal((2, len(ANGLES), 1, 2, 2, 3)).astype(np.float32)
+    x0, noise = jnp.asarray(rng.standard_normal((2, len(ANGLES), 1, 2, 2, 3)), jnp.float32)
     t = jnp.float32(ANGLES)
     x = trigflow.add_noise(x0, noise, t)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
@@ -159,9 +160,9 @@ class WanDiT(nnx.Module):
 
     def __call__(
         self,
-        latents: Float[Array, "B t h w C"],
-        timestep: Float[Array, "B"],
-        context: Float[Array, "B S text_dim"],
+        latents: Float[Array | np.ndarray, "B t h w C"],
+        timestep: Float[Array | np.ndarray, "B"],
+        context: Float[Array | np.ndarray, "B S text_dim"],
         *,
         attention: AttentionConfig = DENSE,
         round_timestep: bool = False,

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -33,6 +34,8 @@ from turbojax.models.vae_layers import (
 
 Video = Float[Array, "b t h w 3"]
 Latents = Float[Array, "b t_lat h_lat w_lat c"]
+HostVideo = Float[np.ndarray, "b t h w 3"]
+HostLatents = Float[np.ndarray, "b t_lat h_lat w_lat c"]
 
 
 class MidBlock(nnx.Module):
@@ -135,7 +138,7 @@ class WanVAE(nnx.Module):
         self.post_quant_conv = PointwiseConv((1, 1, 1), config.z_dim, config.z_dim, **make)
         self.decoder = Decoder(config, **make)
 
-    def encode(self, video: Video) -> Latents:
+    def encode(self, video: Video | HostVideo) -> Latents:
         """video [B, 1+4n, H, W, 3] in [-1, 1] -> normalised latents [B, 1+n, H/8, W/8, z_dim] (the mean, no noise).
 
         Raises ValueError for another rank or channel count, integer pixels, frames not 4n+1, or sizes that are
@@ -143,18 +146,18 @@ class WanVAE(nnx.Module):
         """
         return self._compiled(WanVAE._encode_whole, self._checked_video(video))
 
-    def decode(self, z: Latents, *, clamp: bool = True) -> Video:
+    def decode(self, z: Latents | HostLatents, *, clamp: bool = True) -> Video:
         """Normalised latents [B, 1+n, h, w, z_dim] -> video [B, 1+4n, 8h, 8w, 3], clamped to [-1, 1] as Wan does.
 
         Raises ValueError for another rank or channel count.
         """
         return self._compiled(WanVAE._decode_whole, self._checked_latents(z), clamp=clamp)
 
-    def encode_streamed(self, video: Video) -> Latents:
+    def encode_streamed(self, video: Video | HostVideo) -> Latents:
         """`encode`, four frames at a time."""
         return self._compiled(WanVAE._encode_stream, self._checked_video(video))
 
-    def decode_streamed(self, z: Latents, *, clamp: bool = True) -> Video:
+    def decode_streamed(self, z: Latents | HostLatents, *, clamp: bool = True) -> Video:
         """`decode`, one latent frame at a time."""
         return self._compiled(WanVAE._decode_stream, self._checked_latents(z), clamp=clamp)
 

@@ -21,13 +21,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Video = Float[Array, "b t h w c"]
+Widened = Float[Array, "b t h w c_out"]  # of a Video, in another number of channels
+Resized = Float[Array, "b t_out h_out w_out c_out"]
 Cache = Any  # a pytree of arrays: the frames a layer must remember
 
 # Attention scores held at once, in numbers: a frame at 720p alone has 2e8.
 _MAX_SCORES = 1 << 26
 
 
-def run_layers(layers: Iterable[Any], x: Video, caches: Sequence[Cache] | None) -> tuple[Video, list[Cache]]:
+def run_layers(layers: Iterable[Any], x: Video, caches: Sequence[Cache] | None) -> tuple[Resized, list[Cache]]:
     """Apply layers in turn; `caches` holds one cache a layer, or is None at the start of a sequence."""
     layers = list(layers)
     new_caches = []
@@ -37,7 +39,7 @@ def run_layers(layers: Iterable[Any], x: Video, caches: Sequence[Cache] | None) 
     return x, new_caches
 
 
-def _with_history(x: Video, cache: Video | None) -> Video:
+def _with_history(x: Video, cache: Float[Array, "b 2 h w c"] | None) -> Float[Array, "b t+2 h w c"]:
     """The two frames before the chunk (zeros where the sequence starts), then the chunk."""
     if cache is None:
         return jnp.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
@@ -54,7 +56,7 @@ def _temporal_taps(frames: Video, stride: int) -> Array:
     return jnp.concatenate([frames[:, i : i + (n - 1) * stride + 1 : stride] for i in range(3)], axis=-1)
 
 
-def _causal_conv(frames: Video, kernel: Float[Array, "3 3 3 i o"]) -> Video:
+def _causal_conv(frames: Video, kernel: Float[Array, "3 3 3 i o"]) -> Resized:
     """A valid-in-time, same-in-space 3x3x3 convolution as ONE conv2d: XLA's conv3d on CPU is 5-7x slower."""
     taps = _temporal_taps(frames, 1)
     b, t, h, w, _ = taps.shape
@@ -74,7 +76,7 @@ class Conv(nnx.Module):
 class PointwiseConv(Conv):
     """A convolution whose window is one pixel: `x @ kernel + bias`. `window` only shapes the stored kernel."""
 
-    def __call__(self, x: Video, cache: Cache = None) -> tuple[Video, Cache]:
+    def __call__(self, x: Video, cache: Cache = None) -> tuple[Widened, Cache]:
         kernel = self.kernel[...].reshape(self.kernel.shape[-2:])
         return x @ kernel + self.bias[...], ()
 
@@ -85,7 +87,7 @@ class CausalConv(Conv):
     def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         super().__init__((3, 3, 3), c_in, c_out, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Video, cache: Cache = None) -> tuple[Video, Cache]:
+    def __call__(self, x: Video, cache: Cache = None) -> tuple[Widened, Cache]:
         frames = _with_history(x, cache)
         return _causal_conv(frames, self.kernel[...]) + self.bias[...], frames[:, -2:]
 
@@ -97,7 +99,7 @@ class TemporalConv(Conv):
         super().__init__((3, 1, 1), c_in, c_out, rngs=rngs, dtype=dtype)
         self.stride = stride
 
-    def __call__(self, frames: Video) -> Video:
+    def __call__(self, frames: Video) -> Resized:
         kernel = self.kernel[...]
         taps = _temporal_taps(frames, self.stride)
         return taps @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...]
@@ -112,7 +114,7 @@ class SpatialConv(Conv):
         super().__init__((3, 3), c_in, c_out, rngs=rngs, dtype=dtype)
         self.stride, self.padding = stride, padding
 
-    def __call__(self, x: Video) -> Video:
+    def __call__(self, x: Video) -> Resized:
         b, t, *frame = x.shape
         y = _conv2d(x.reshape(b * t, *frame), self.kernel[...], self.stride, (self.padding, self.padding))
         return y.reshape(b, t, *y.shape[1:]) + self.bias[...]
@@ -128,7 +130,7 @@ class Identity(nnx.Module):
 class Double(nnx.Module):
     """Each pixel twice in height and in width (nearest-exact interpolation by two)."""
 
-    def __call__(self, x: Video) -> Video:
+    def __call__(self, x: Video) -> Resized:
         return jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
 
 
@@ -156,7 +158,7 @@ class ResBlock(nnx.Module):
             self.conv_shortcut = PointwiseConv((1, 1, 1), c_in, c_out, rngs=rngs, dtype=dtype)
         self.has_shortcut = c_in != c_out
 
-    def __call__(self, x: Video, cache: Cache = None) -> tuple[Video, Cache]:
+    def __call__(self, x: Video, cache: Cache = None) -> tuple[Widened, Cache]:
         cache1, cache2 = cache or (None, None)
         y, cache1 = self.conv1(nnx.silu(self.norm1(x)), cache1)
         y, cache2 = self.conv2(nnx.silu(self.norm2(y)), cache2)
@@ -190,7 +192,7 @@ class Resample(nnx.Module):
 
     resample: nnx.List[Any]
 
-    def _resample(self, x: Video) -> Video:
+    def _resample(self, x: Video) -> Resized:
         for layer in self.resample:
             x = layer(x)
         return x
@@ -209,7 +211,7 @@ class Downsample(Resample):
             self.time_conv = TemporalConv(channels, channels, stride=2, rngs=rngs, dtype=dtype)
         self.temporal = temporal
 
-    def __call__(self, x: Video, cache: Cache = None) -> tuple[Video, Cache]:
+    def __call__(self, x: Video, cache: Cache = None) -> tuple[Resized, Cache]:
         x = self._resample(x)
         if not self.temporal:
             return x, ()
@@ -234,7 +236,7 @@ class Upsample(Resample):
             self.time_conv = TemporalConv(channels, 2 * channels, stride=1, rngs=rngs, dtype=dtype)
         self.temporal = temporal
 
-    def _double_time(self, x: Video, cache: Cache) -> tuple[Video, Cache]:
+    def _double_time(self, x: Video, cache: Cache) -> tuple[Float[Array, "b t_out h w c"], Cache]:
         parts = []
         if cache is None:
             parts, x = [x[:, :1]], x[:, 1:]
@@ -245,7 +247,7 @@ class Upsample(Resample):
             parts.append(jnp.moveaxis(pairs, 4, 2).reshape(b, 2 * t, h, w, c))
         return jnp.concatenate(parts, axis=1), frames[:, -2:]
 
-    def __call__(self, x: Video, cache: Cache = None) -> tuple[Video, Cache]:
+    def __call__(self, x: Video, cache: Cache = None) -> tuple[Resized, Cache]:
         if self.temporal:
             x, cache = self._double_time(x, cache)
         else:

@@ -151,7 +151,7 @@ def render(scene: Scene, *, frames: int = FRAMES, size: int = SIZE) -> UInt8[np.
     # Only the part of the frame that the shape ever touches is worked on.
     low = np.floor(centres.min(0) - np.array([left, up])).astype(int) - 1
     high = np.ceil(centres.max(0) + np.array([right, down])).astype(int) + 1
-    (x0, y0), (x1, y1) = np.clip(low, 0, size), np.clip(high, 0, size)
+    (x0, y0), (x1, y1) = np.clip(low, 0, size).tolist(), np.clip(high, 0, size).tolist()
     cover = coverage(scene.shape, scene.radius, centres, (y0, y1), (x0, x1))[..., None]
     colour = np.asarray(scene.rgb, np.float32) - np.float32(scene.background)
     video = np.full((frames, size, size, 3), scene.background, np.uint8)

@@ -36,7 +36,7 @@ from turbojax.train.optimizer import OptimizerConfig, make_optimizer
 from turbojax.train.pca import PCALatents
 from turbojax.train.rcm import guided
 from turbojax.train.sla import SLAConfig, SLAStage, white_box_losses
-from turbojax.train.student import SLA, AdamConfig, HostArray, Networks, part_folder
+from turbojax.train.student import SLA, AdamConfig, ClipSource, HostArray, Networks, part_folder
 from turbojax.train.teacher import SHIPPED_TOKENIZER, Captions
 from turbojax.train.trigflow import UniformShift, rf_time
 
@@ -153,15 +153,13 @@ class I2VConfig:
 class I2VStage(SLAStage):
     """The stage that `loop.run` drives; `networks` holds the network to start from, which is the teacher as well."""
 
-    clips: PicturedClips  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self, config: I2VConfig, networks: Networks, clips: PicturedClips, start: PyTree | None = None):
+    def __init__(self, config: I2VConfig, networks: Networks, clips: ClipSource, start: PyTree | None = None):
         times, loss = (STUDENT_TIMES, "white_box") if config.distil else (TIMES, "black_box")
         shared = SLAConfig(
             steps=config.steps, batch=config.batch, seed=config.seed, attention=config.attention,
             times=times[config.part], loss=loss, guidance=config.guidance, optimizer=ADAM,
         )  # fmt: skip
-        super().__init__(shared, networks, clips, start)  # pyright: ignore[reportArgumentType]
+        super().__init__(shared, networks, clips, start)
         if not config.distil:
             self.optimizer = make_optimizer(MUON[config.part], config.steps)
 
@@ -188,7 +186,9 @@ class I2VStage(SLAStage):
         return white_box_losses(student, teacher, latents, noise, s)
 
     def batch(self, step: int) -> I2VBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return I2VBatch(*self.clips.draw(step, self.config.batch), self._empty, self.networks.teacher_params)
+        drawn = self.clips.draw(step, self.config.batch)
+        given = (drawn.latents, drawn.context, drawn.condition)
+        return I2VBatch(*given, self._empty, self.networks.teacher_params)
 
 
 def prepare(

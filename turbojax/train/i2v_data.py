@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, PyTree, UInt8
 from tqdm import tqdm
 
 from turbojax.models.vae import WanVAE
@@ -121,7 +121,7 @@ def encode_pictures(
     graph, state = nnx.split(vae)
 
     @partial(jax.jit, static_argnums=2)
-    def encode(state: nnx.State, images: jax.Array, frames: int) -> jax.Array:
+    def encode(state: PyTree, images: jax.Array, frames: int) -> jax.Array:
         return image_condition(nnx.merge(graph, state), images, frames)
 
     def shards(part: Sequence[Pictured], frames: int) -> Float[np.ndarray, "n t h w K"]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from turbojax.sharding import put_batch, state_shardings
 from turbojax.train.state import FOLDER, named, restore_newest
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What the loop needs of a stage."""
 

@@ -20,7 +20,10 @@ Text = Float[Array, "B L D"]
 
 
 def guided(
-    velocity: Callable[[Latents, Array, Text], Latents], context: Text, empty: Text, guidance: float
+    velocity: Callable[[Latents, Array, Text], Latents],
+    context: Text,
+    empty: Float[Array, "#B #L D"],
+    guidance: float,
 ) -> Velocity:
     """Classifier-free guidance, both halves in one batch: v_empty + guidance (v_context - v_empty)."""
     if guidance == 1.0:

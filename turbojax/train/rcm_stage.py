@@ -19,7 +19,7 @@ from turbojax.samplers.rcm import MID_TIMES
 from turbojax.train import ema, rcm
 from turbojax.train.flow import Velocity
 from turbojax.train.gradients import gradient
-from turbojax.train.student import SLA, AdamConfig, Clips, HostArray, Networks, skipped
+from turbojax.train.student import SLA, AdamConfig, ClipSource, HostArray, Networks, skipped
 from turbojax.train.trigflow import Latents, LogNormal, Times, UniformShift
 
 Phase = Literal["consistency", "both", "critic"]
@@ -123,7 +123,7 @@ class RCMBatch:
 class RCMStage:
     """The stage that `loop.run` drives; `start`: a student to go on from, instead of the teacher grafted."""
 
-    def __init__(self, config: RCMConfig, networks: Networks, clips: Clips, start: PyTree | None = None):
+    def __init__(self, config: RCMConfig, networks: Networks, clips: ClipSource, start: PyTree | None = None):
         self.config, self.networks, self.clips = config, networks, clips
         self._start = networks.graft() if start is None else start
         self._empty = jnp.asarray(clips.empty)
@@ -146,8 +146,8 @@ class RCMStage:
         drawn, config = self.clips.draw(step, self.config.batch), self.config
         warmup = 1.0 if config.tangent_warmup == 0 else min(1.0, step / config.tangent_warmup)
         simulation_steps = np.int32(config.simulation_steps(step))
-        frozen = (self._empty, self.networks.teacher_params)
-        return RCMBatch(*drawn, *frozen, simulation_steps, np.float32(warmup), config.phase(step))
+        given = (drawn.latents, drawn.context, self._empty, self.networks.teacher_params)
+        return RCMBatch(*given, simulation_steps, np.float32(warmup), config.phase(step))
 
     def step(self, state: RCMState, batch: RCMBatch, key: jax.Array) -> tuple[RCMState, Mapping[str, jax.Array]]:
         return (self._update_critic if batch.phase == "critic" else self._update_student)(state, batch, key)

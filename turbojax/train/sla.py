@@ -21,7 +21,7 @@ from turbojax.train import ema
 from turbojax.train.flow import Velocity, add_noise
 from turbojax.train.gradients import gradient
 from turbojax.train.rcm import guided
-from turbojax.train.student import SLA, AdamConfig, Clips, HostArray, Networks, skipped
+from turbojax.train.student import SLA, AdamConfig, ClipSource, HostArray, Networks, skipped
 from turbojax.train.trigflow import Latents, LogNormal, Times, rf_time
 
 Trained = Literal["all", "attention", "proj_l"]
@@ -88,7 +88,7 @@ FROZEN = ("empty", "teacher")
 class SLAStage:
     """The stage that `loop.run` drives; `start`: a student to go on from, instead of the teacher grafted."""
 
-    def __init__(self, config: SLAConfig, networks: Networks, clips: Clips, start: PyTree | None = None):
+    def __init__(self, config: SLAConfig, networks: Networks, clips: ClipSource, start: PyTree | None = None):
         self.config, self.networks, self.clips = config, networks, clips
         self._start = networks.graft() if start is None else start
         self._empty = jnp.asarray(clips.empty)
@@ -114,7 +114,9 @@ class SLAStage:
         teacher = guided(dense, batch.context, batch.empty, self.config.guidance)
         return white_box_losses(student, teacher, latents, noise, s)
 
-    def step(self, state: SLAState, batch: SLABatch, key: jax.Array) -> tuple[SLAState, Mapping[str, jax.Array]]:
+    def step(self, state: SLAState, batch: PyTree, key: jax.Array) -> tuple[SLAState, Mapping[str, jax.Array]]:
+        """One update; batch: the NamedTuple that `losses` takes."""
+
         def loss(params: PyTree, data: dict[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
             value = jnp.mean(self.losses(params, batch._replace(**data), key))
             return value, {"loss": value}

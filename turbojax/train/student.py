@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +150,20 @@ class Drawn(NamedTuple):
 
     latents: HostArray
     context: HostArray
+
+
+@runtime_checkable
+class ClipSource(Protocol):
+    """What a stage needs of its clips, wherever they come from."""
+
+    @property
+    def empty(self) -> HostArray:
+        """The empty prompt's features [1, L, D], for guidance."""
+        ...
+
+    def draw(self, step: int, count: int) -> Any:
+        """Step `step`'s clips, a tuple of arrays that the stage knows."""
+        ...
 
 
 class Clips:
