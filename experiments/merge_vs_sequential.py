@@ -12,7 +12,12 @@ settings of the shipped student (`turbojax/train/configs/tiny-sla.toml`, `tiny-r
 to answer as the teacher does without guidance, since guidance enters by rCM's change; the one to go on from learns the
 guided answer. Every stage resumes: give the same command again.
 
-What came out: not run in full yet.
+What came out (`--sla-steps 500 --rcm-steps 500`, half of the shipped student's rCM; 336 clips a row): merging loses
+nothing. The merged student is 0.3 dB [0.0, 0.6] better than the sequential one in four steps and 0.5 dB [0.3, 0.7] in
+two, with the same shapes and motions right to a point: what the two trainings teach adds up, and each can be had
+apart. Sparsity costs either of them more than the order does: the dense student is 1.5 dB [1.3, 1.8] above the merged
+one in four steps and gets 1.8 points more of the shapes, at one step 12 points. It is the least diverse of them
+(0.83). One run of each, so that the differences of a few tenths may be the seed's.
 """
 
 from __future__ import annotations
