@@ -1,6 +1,6 @@
 """The acceleration ladder: what does each part of TurboDiffusion add, in time and in quality?
 
-    python -m experiments.ladder                                           (5 minutes on two cores)
+    python -m experiments.ladder                                           (3 minutes with --clips 24, two cores)
     python -m experiments.ladder --model DIR-STUDENT --teacher DIR-TEACHER
 
 From the many-step teacher with guidance, parts are added one after the other: sparse-linear attention (SLA; the

@@ -1,6 +1,6 @@
 """Sparse attention and few steps in one student: merge two fine-tunings, or train one after the other?
 
-    python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz       (about 90 minutes on one core)
+    python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz       (67 minutes as below, one busy core)
     python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz --quick
 
     merged       dense student by rCM + (student with SLA - teacher): the two train apart (TurboDiffusion's way)

@@ -1,6 +1,6 @@
 """SLA tuning: what has to move, for how long, and what does it win back of what sparsity took?
 
-    python -m experiments.training                                         (25 minutes on one busy core)
+    python -m experiments.training                                         (19 minutes with --steps 200, one busy core)
     python -m experiments.training --arms proj_l,all --steps 600 --clips 48
 
 The teacher's weights with sparse attention are tuned to answer as the teacher does with dense attention and guidance
