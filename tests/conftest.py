@@ -14,8 +14,8 @@ from jaxtyping import config, install_import_hook
 
 # Where arrays pass, every call is held from here on against the shapes and types in its signature.
 CHECKED = (
-    "pallas_kernels", "turbojax.attention", "turbojax.models", "turbojax.pipeline", "turbojax.programs", "turbojax.quant",
-    "turbojax.samplers", "turbojax.sharding", "turbojax.tokenizer", "turbojax.train",
+    "pallas_kernels", "turbojax.attention", "turbojax.models", "turbojax.pipeline", "turbojax.programs",
+    "turbojax.quant", "turbojax.samplers", "turbojax.sharding", "turbojax.tokenizer", "turbojax.train",
 )  # fmt: skip
 install_import_hook(CHECKED, "beartype.beartype")
 
