@@ -77,6 +77,8 @@ def _source(path: Path, tensors: Any, metadata: Any, config: Any, container: str
 
 
 def _magic(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would never open
+        raise CheckpointError(f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
             return file.read(8)

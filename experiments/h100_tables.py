@@ -98,17 +98,21 @@ def read(name: str) -> dict[str, Any]:
 def rows_table(data: dict[str, Any]) -> str:
     rungs = [k for k, v in data["rows"][0].items() if isinstance(v, dict) and k != "baseline"]
     lines = [ROWS.format(rungs=" | ".join(rungs), rules="|".join(["---"] * len(rungs)))]
+    notes = sorted({row[rung]["note"] for row in data["rows"] for rung in rungs if "note" in row.get(rung, {})})
     for row in data["rows"]:
         times = {rung: row[rung]["median"] for rung in rungs if "median" in row.get(rung, {})}
         best = min(times, key=lambda rung: times[rung])
         whole = row.get("baseline", {}).get("scaled_to_50_steps")
         memory = (row[best]["argument_bytes"] + row[best]["temporary_bytes"]) / 2**30
-        stars = {rung: " \\*" if "note" in row.get(rung, {}) else "" for rung in rungs}
+        stars = {
+            rung: " " + "\\*" * (1 + notes.index(row[rung]["note"])) if "note" in row.get(rung, {}) else ""
+            for rung in rungs
+        }
         cells = " | ".join(f"{times[r]:.2f}{stars[r]}" if r in times else "-" for r in rungs)
         baseline, speedup = (f"{whole:.0f}", f"{whole / times[best]:.0f}x") if whole else ("-", "-")
         lines.append(f"| {row['row']} | {baseline} | {cells} | {speedup} | {memory:.1f} GiB |\n")
-    notes = {row[rung]["note"] for row in data["rows"] for rung in rungs if "note" in row.get(rung, {})}
-    return "".join(lines) + "".join(f"\n\\* {note}.\n" for note in sorted(notes))
+    marked = (("\\*" * i, note) for i, note in enumerate(notes, 1))
+    return "".join(lines) + "".join(f"\n{mark} {note}.\n" for mark, note in marked)
 
 
 def attention_table(data: dict[str, Any]) -> str:
