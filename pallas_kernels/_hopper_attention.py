@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _hopper as hw
 from pallas_kernels import _hopper_quantize as quantize
 from pallas_kernels._hopper_linear import DENOMINATOR_EPS, FEATURE_MAPS
-from pallas_kernels._quantize_qkv import rotate
+from pallas_kernels._quantize_qkv import rotate, value_scale
 
 LOG2_E4M3_MAX = 8.807354922057604
 WARPGROUPS = 2
@@ -103,7 +103,7 @@ def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, in
     mean = None
     if smooth_k:
         mean = rotate(quantize.mean_key(k) if mean_k is None else mean_k)
-    v_scale = quantize.value_scales(v)
+    v_scale = value_scale(v).reshape(-1, v.shape[-1])
     q, k, v = map(whole_rows, (q, k, v))
     q8, q_scale = quantize.quantize_rows(q, None, lq, tiles * TILE_Q, block_q, interpret=interpret)
     k8, k_scale = quantize.quantize_rows(k, mean, lk, keys, block_k, interpret=interpret)

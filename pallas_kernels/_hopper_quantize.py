@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _hopper as hw
-from pallas_kernels._quantize_qkv import E4M3_MAX, hadamard
+from pallas_kernels._quantize_qkv import hadamard
 
 RUN = 8
 """Tiles that a block takes in turn, so that its constant matrix is loaded once for them."""
@@ -176,12 +176,6 @@ def _kernel(body, operands, out_type, grid, tile, constant, out_tile, interpret)
         ],
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
     )(*operands)
-
-
-def value_scales(v: jax.Array) -> jax.Array:
-    """[b * h, d]: largest of each channel over 448, 1 for a channel of zeros."""
-    amax = jnp.max(jnp.abs(v), axis=1).astype(jnp.float32).reshape(-1, v.shape[-1])
-    return jnp.where(amax > 0, amax / E4M3_MAX, 1.0)
 
 
 def mean_key(k: jax.Array) -> jax.Array:

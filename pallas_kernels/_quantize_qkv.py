@@ -108,7 +108,7 @@ def rounded_value(
     return round_e4m3(v.astype(jnp.float32) / scale[:, None, :]).astype(jnp.bfloat16), scale
 
 
-def value_scale(v: Float[Array, "n l d"]) -> Float32[Array, "n d"]:
-    """max|v| / 448 of each channel; 1 for a channel of zeros."""
+def value_scale(v: Float[Array, "n l *channels"]) -> Float32[Array, "n *channels"]:
+    """max|v| / 448 of each channel over the length; 1 for a channel of zeros."""
     amax = jnp.max(jnp.abs(v), axis=1).astype(jnp.float32)
     return jnp.where(amax > 0, amax / E4M3_MAX, 1.0)

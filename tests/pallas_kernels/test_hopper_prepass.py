@@ -9,7 +9,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import _hopper_linear, _hopper_quantize
 from pallas_kernels._heads import heads_first
-from pallas_kernels._quantize_qkv import quantize_query_key, quantize_value, rotate
+from pallas_kernels._quantize_qkv import quantize_query_key, quantize_value, rotate, value_scale
 from pallas_kernels.sparse_linear_attention import FEATURE_MAPS
 
 LENGTHS = [(136, 64), pytest.param((200, 128), marks=pytest.mark.slow)]
@@ -46,7 +46,7 @@ def test_values_are_transposed_in_the_order_of_the_operand(sizes):
     length, dim = sizes
     v = operands(*sizes)[2]
     rows = -(-length // 128) * 128
-    scale = _hopper_quantize.value_scales(v)
+    scale = value_scale(v).reshape(-1, v.shape[-1])
     got = jax.block_until_ready(_hopper_quantize.quantize_values(v, 1.0 / scale, rows, interpret=True))
     assert not interpret_pallas_call.get_races().races_found
     v8, v_scale = quantize_value(heads_first(v))
