@@ -7,6 +7,8 @@ interpreter cannot feed wgmma from registers, so there the left operand is stage
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,52 @@ def by_tiles(body, name: str, inputs, outputs, scratch, *, grid: tuple[int, int]
 
     inputs: arrays; outputs: their shapes; scratch: memory and barriers, each by its name, as body finds them in refs.
     """
+    axes = {"head": grid[0], "tile": grid[1]}
+    threads = {"num_threads": warpgroups + 1, "thread_name": "wg"}
+    return _launch(body, name, inputs, outputs, scratch, axes, interpret, threads)
+
+
+class Run(NamedTuple):
+    """Consecutive tiles that a block of `by_runs` takes in turn: `count` of them from `first` on.
+
+    load(i) sends for the i-th of them, where there is one.
+    """
+
+    first: jax.Array
+    count: jax.Array
+    load: Callable[[jax.Array], None]
+
+
+def by_runs(body, name: str, inputs, outputs, scratch, *, heads: int, runs: int, interpret: bool, exact: bool = False):
+    """Runs body(refs) for every head and run of tiles, in one warpgroup; arguments as for `by_tiles`.
+
+    One, as what a reduction sends from warp to warp goes through memory that the block has once. exact: division and
+    the like are not approximated.
+    """
+    return _launch(body, name, inputs, outputs, scratch, {"head": heads, "run": runs}, interpret, {}, exact)
+
+
+def start_run(fetch, full, slots: int, length: int, tiles: int, ahead: int) -> Run:
+    """This block's run of up to `length` of all `tiles`, with the first `ahead` of them on their way.
+
+    fetch(tile, slot, barrier) copies a tile into a slot of a ring of `slots`, whose barriers are `full`.
+    """
+    first = lax.axis_index("run") * length
+    count = jnp.minimum(length, tiles - first)
+
+    def load(i):
+        slot = lax.rem(i, slots)
+
+        @pl.when(i < count)
+        def _():
+            fetch(first + i, slot, full.at[slot])
+
+    for i in range(ahead):
+        load(jnp.int32(i))
+    return Run(first, count, load)
+
+
+def _launch(body, name, inputs, outputs, scratch, grid, interpret, threads, exact=False):
     names = [*inputs, *outputs, *scratch]
 
     def named(*refs):
@@ -75,13 +123,12 @@ def by_tiles(body, name: str, inputs, outputs, scratch, *, grid: tuple[int, int]
     kernel = plgpu.kernel(
         named,
         out_type=tuple(outputs.values()),
-        grid=grid,
-        grid_names=("head", "tile"),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         scratch_types=list(scratch.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=not exact),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
+        **threads,
     )
     return kernel(*inputs.values())
 

@@ -37,8 +37,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _hopper as hw
 from pallas_kernels import _hopper_quantize as quantize
-from pallas_kernels._hopper_linear import DENOMINATOR_EPS, FEATURE_MAPS
+from pallas_kernels._hopper_linear import FEATURE_MAPS
 from pallas_kernels._quantize_qkv import rotate, value_scale
+from pallas_kernels.sparse_linear_attention import DENOMINATOR_EPS
 
 LOG2_E4M3_MAX = 8.807354922057604
 WARPGROUPS = 2

@@ -28,7 +28,6 @@ BLOCK = 64
 RUN, SLOTS = 24, 2
 SUM_RUN, SUM_SLOTS = 16, 4
 COLUMNS = 8  # the narrowest right operand
-DENOMINATOR_EPS = 1e-5
 
 
 def _softmax(x):
@@ -55,40 +54,34 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
     features = FEATURE_MAPS[feature_map]
     ones = jnp.ones((COLUMNS, BLOCK), k.dtype)
 
-    def body(k, v, ones, kv, f_sums, k_sums, k_smem, v_smem, f_smem, ones_smem, sums_smem, full, ones_full):
-        head, run = lax.axis_index("head"), lax.axis_index("run")
+    def body(ref):
+        head = lax.axis_index("head")
         batch, h = head // heads, head % heads
-        first = run * RUN
-        count = jnp.minimum(RUN, tiles - first)
+        k_smem, v_smem, f_smem, sums_smem = (ref[f"{name}_smem"] for name in ("k", "v", "f", "sums"))
 
-        def load(i):
-            slot = lax.rem(i, SLOTS)
+        def fetch(tile, slot, barrier):
+            rows = pl.ds(tile * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(ref["k"].at[batch, rows, h], k_smem.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(ref["v"].at[batch, rows, h], v_smem.at[slot], barrier)
 
-            @pl.when(i < count)
-            def _():
-                rows = pl.ds((first + i) * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(k.at[batch, rows, h], k_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(v.at[batch, rows, h], v_smem.at[slot], full.at[slot])
-
-        plgpu.copy_gmem_to_smem(ones, ones_smem, ones_full)
-        for i in range(SLOTS - 1):
-            load(jnp.int32(i))
-        plgpu.barrier_wait(ones_full)
-        ones_right = ones_smem.transpose((1, 0))
+        plgpu.copy_gmem_to_smem(ref["ones"], ref["ones_smem"], ref["ones_full"])
+        run = hw.start_run(fetch, ref["full"], SLOTS, RUN, tiles, SLOTS - 1)
+        plgpu.barrier_wait(ref["ones_full"])
+        ones_right = ref["ones_smem"].transpose((1, 0))
 
         def over_tiles(products, sums):
-            @pl.loop(0, count)
+            @pl.loop(0, run.count)
             def _(i):
                 slot = lax.rem(i, SLOTS)
-                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_wait(ref["full"].at[slot])
                 x = plgpu.load(k_smem.at[slot], layout=hw.TILE).astype(jnp.float32)
                 f = features(x)
                 row = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=hw.PER_ROW)
-                f = jnp.where(hw.per_row(row, f) < length - (first + i) * BLOCK, f, 0.0)
+                f = jnp.where(hw.per_row(row, f) < length - (run.first + i) * BLOCK, f, 0.0)
                 plgpu.wgmma_wait(0)  # the products of the last tile have read f_smem and their slots
                 f_smem[...] = f.astype(k_smem.dtype)
                 plgpu.commit_smem()
-                load(i + SLOTS - 1)
+                run.load(i + SLOTS - 1)
                 block = hw.product(k_smem.at[slot].transpose((1, 0)), ones_right, (dim, COLUMNS))
                 sums_smem.at[i][...] = block.max(axis=1)  # its columns are equal
                 plgpu.wgmma(products, f_smem.transpose((1, 0)), v_smem.at[slot])
@@ -101,35 +94,32 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
             plgpu.WGMMAAccumulatorRef((dim, dim), jnp.float32),
             plgpu.WGMMAAccumulatorRef((dim, COLUMNS), jnp.float32),
         )
-        kv.at[head, run][...] = products
-        f_sums.at[head, run][...] = sums.max(axis=1)
+        number = lax.axis_index("run")
+        ref["kv"].at[head, number][...] = products
+        ref["f_sums"].at[head, number][...] = sums.max(axis=1)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums_smem, k_sums.at[head, pl.ds(first, RUN)])
+        plgpu.copy_smem_to_gmem(sums_smem, ref["k_sums"].at[head, pl.ds(run.first, RUN)])
         plgpu.wait_smem_to_gmem(0)
 
     n = b * heads
-    body.__name__ = "summarize_keys"
-    kv, f_sums, k_sums = plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct((n, runs, dim, dim), jnp.float32),
-            jax.ShapeDtypeStruct((n, runs, dim), jnp.float32),
-            jax.ShapeDtypeStruct((n, runs * RUN, dim), jnp.float32),
-        ),
-        grid=(n, runs),
-        grid_names=("head", "run"),
-        scratch_types=[
-            plgpu.SMEM((SLOTS, BLOCK, dim), k.dtype),
-            plgpu.SMEM((SLOTS, BLOCK, dim), v.dtype),
-            plgpu.SMEM((BLOCK, dim), k.dtype),
-            plgpu.SMEM((COLUMNS, BLOCK), k.dtype),
-            plgpu.SMEM((RUN, dim), jnp.float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-            plgpu.Barrier(),
-        ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
-    )(k, v, ones)
+    inputs = {"k": k, "v": v, "ones": ones}
+    outputs = {
+        "kv": jax.ShapeDtypeStruct((n, runs, dim, dim), jnp.float32),
+        "f_sums": jax.ShapeDtypeStruct((n, runs, dim), jnp.float32),
+        "k_sums": jax.ShapeDtypeStruct((n, runs * RUN, dim), jnp.float32),
+    }
+    scratch = {
+        "k_smem": plgpu.SMEM((SLOTS, BLOCK, dim), k.dtype),
+        "v_smem": plgpu.SMEM((SLOTS, BLOCK, dim), v.dtype),
+        "f_smem": plgpu.SMEM((BLOCK, dim), k.dtype),
+        "ones_smem": plgpu.SMEM((COLUMNS, BLOCK), k.dtype),
+        "sums_smem": plgpu.SMEM((RUN, dim), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+        "ones_full": plgpu.Barrier(),
+    }
+    kv, f_sums, k_sums = hw.by_runs(
+        body, "summarize_keys", inputs, outputs, scratch, heads=n, runs=runs, interpret=interpret
+    )
     return kv.sum(axis=1), f_sums.sum(axis=1), k_sums[:, :tiles]
 
 
@@ -143,53 +133,40 @@ def block_sums(x, *, interpret):
     runs = -(-tiles // SUM_RUN)
     ones = jnp.ones((COLUMNS, BLOCK), x.dtype)
 
-    def body(x, ones, out, x_smem, ones_smem, sums_smem, full, ones_full):
-        head, run = lax.axis_index("head"), lax.axis_index("run")
+    def body(ref):
+        head = lax.axis_index("head")
         batch, h = head // heads, head % heads
-        first = run * SUM_RUN
-        count = jnp.minimum(SUM_RUN, tiles - first)
+        x_smem, sums_smem = ref["x_smem"], ref["sums_smem"]
 
-        def load(i):
-            slot = lax.rem(i, SUM_SLOTS)
+        def fetch(tile, slot, barrier):
+            plgpu.copy_gmem_to_smem(ref["x"].at[batch, pl.ds(tile * BLOCK, BLOCK), h], x_smem.at[slot], barrier)
 
-            @pl.when(i < count)
-            def _():
-                rows = pl.ds((first + i) * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(x.at[batch, rows, h], x_smem.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(ref["ones"], ref["ones_smem"], ref["ones_full"])
+        run = hw.start_run(fetch, ref["full"], SUM_SLOTS, SUM_RUN, tiles, SUM_SLOTS)
+        plgpu.barrier_wait(ref["ones_full"])
+        ones_right = ref["ones_smem"].transpose((1, 0))
 
-        plgpu.copy_gmem_to_smem(ones, ones_smem, ones_full)
-        for i in range(SUM_SLOTS):
-            load(jnp.int32(i))
-        plgpu.barrier_wait(ones_full)
-        ones_right = ones_smem.transpose((1, 0))
-
-        @pl.loop(0, count)
+        @pl.loop(0, run.count)
         def _(i):
             slot = lax.rem(i, SUM_SLOTS)
-            plgpu.barrier_wait(full.at[slot])
+            plgpu.barrier_wait(ref["full"].at[slot])
             block = hw.product(x_smem.at[slot].transpose((1, 0)), ones_right, (dim, COLUMNS))
-            load(i + SUM_SLOTS)
+            run.load(i + SUM_SLOTS)
             sums_smem.at[i][...] = block.max(axis=1)  # its columns are equal
 
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums_smem, out.at[head, pl.ds(first, SUM_RUN)])
+        plgpu.copy_smem_to_gmem(sums_smem, ref["out"].at[head, pl.ds(run.first, SUM_RUN)])
         plgpu.wait_smem_to_gmem(0)
 
     n = b * heads
-    body.__name__ = "block_sums"
-    sums = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((n, runs * SUM_RUN, dim), jnp.float32),
-        grid=(n, runs),
-        grid_names=("head", "run"),
-        scratch_types=[
-            plgpu.SMEM((SUM_SLOTS, BLOCK, dim), x.dtype),
-            plgpu.SMEM((COLUMNS, BLOCK), x.dtype),
-            plgpu.SMEM((SUM_RUN, dim), jnp.float32),
-            plgpu.Barrier(num_barriers=SUM_SLOTS),
-            plgpu.Barrier(),
-        ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
-    )(x, ones)
+    outputs = {"out": jax.ShapeDtypeStruct((n, runs * SUM_RUN, dim), jnp.float32)}
+    scratch = {
+        "x_smem": plgpu.SMEM((SUM_SLOTS, BLOCK, dim), x.dtype),
+        "ones_smem": plgpu.SMEM((COLUMNS, BLOCK), x.dtype),
+        "sums_smem": plgpu.SMEM((SUM_RUN, dim), jnp.float32),
+        "full": plgpu.Barrier(num_barriers=SUM_SLOTS),
+        "ones_full": plgpu.Barrier(),
+    }
+    inputs = {"x": x, "ones": ones}
+    (sums,) = hw.by_runs(body, "block_sums", inputs, outputs, scratch, heads=n, runs=runs, interpret=interpret)
     return sums[:, :tiles]

@@ -47,42 +47,32 @@ def quantize_rows(x, mean, length, rows, block, *, interpret):
         # Conversion to integers truncates: half away from zero.
         return (y + jnp.where(y < 0, -0.5, 0.5)).astype(jnp.int8), scale
 
-    def body(x, matrix, *refs):
-        *means, x8, scales, x_smem, m_smem, o_smem, full, matrix_full = refs
-        head, run = lax.axis_index("head"), lax.axis_index("run")
+    def body(ref):
+        head = lax.axis_index("head")
         batch, h = head // heads, head % heads
+        means = [ref["mean"]] if mean is not None else []
 
         def consume(slot, t, out_slot):
-            acc = hw.product(x_smem.at[slot], m_smem, (block, dim))
+            acc = hw.product(slot, ref["constant_smem"], (block, dim))
 
             def finish():
                 y8, scale = tile(acc, head, t * block, *means)
-                o_smem.at[out_slot][...] = y8
-                scales[head, t] = scale
+                out_slot[...] = y8
+                ref["scales"][head, t] = scale
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_smem.at[out_slot], x8.at[head, pl.ds(t * block, block)])
+                plgpu.copy_smem_to_gmem(out_slot, ref["x8"].at[head, pl.ds(t * block, block)])
 
             return finish
 
-        plgpu.copy_gmem_to_smem(matrix, m_smem, matrix_full)
-        _pipeline(
-            lambda t: x.at[batch, pl.ds(t * block, block), h], x_smem, full, run, rows // block, consume,
-            before=lambda: plgpu.barrier_wait(matrix_full),
-        )  # fmt: skip
+        _pipeline(ref, lambda t: ref["x"].at[batch, pl.ds(t * block, block), h], rows // block, consume)
 
-    n = b * heads
-    operands = (x, matrix) if mean is None else (x, matrix, mean)
-    body.__name__ = "quantize_rows"
-    return _kernel(
-        body,
-        operands,
-        (jax.ShapeDtypeStruct((n, rows, dim), jnp.int8), jax.ShapeDtypeStruct((n, rows // block), jnp.float32)),
-        (n, pl.cdiv(rows // block, RUN)),
-        ((block, dim), x.dtype),
-        ((dim, dim), x.dtype),
-        ((block, dim), jnp.int8),
-        interpret,
-    )
+    n, tiles = b * heads, rows // block
+    inputs = {"x": x, "constant": matrix} | ({} if mean is None else {"mean": mean})
+    outputs = {
+        "x8": jax.ShapeDtypeStruct((n, rows, dim), jnp.int8),
+        "scales": jax.ShapeDtypeStruct((n, tiles), jnp.float32),
+    }
+    return _launch(body, "quantize_rows", inputs, outputs, block, (block, dim), tiles, interpret)
 
 
 def quantize_values(v, inverse, rows, *, interpret):
@@ -93,89 +83,70 @@ def quantize_values(v, inverse, rows, *, interpret):
     b, _, heads, dim = v.shape
     identity = jnp.eye(KEYS, dtype=v.dtype)
 
-    def body(v, identity, inverse, out, v_smem, i_smem, o_smem, full, identity_full):
-        head, run = lax.axis_index("head"), lax.axis_index("run")
+    def body(ref):
+        head = lax.axis_index("head")
         batch, h = head // heads, head % heads
-        factor = plgpu.load(inverse.at[head], layout=hw.PER_ROW, optimized=False)
+        factor = plgpu.load(ref["inverse"].at[head], layout=hw.PER_ROW, optimized=False)
 
         def consume(slot, t, out_slot):
-            acc = hw.product(v_smem.at[slot].transpose((1, 0)), i_smem, (dim, KEYS))
+            acc = hw.product(slot.transpose((1, 0)), ref["constant_smem"], (dim, KEYS))
 
             def finish():
-                y8 = hw.to_fp8(acc * hw.per_row(factor, acc), o_smem.at[out_slot] if interpret else None)
+                y8 = hw.to_fp8(acc * hw.per_row(factor, acc), out_slot if interpret else None)
                 if not interpret:
-                    o_smem.at[out_slot][...] = y8
+                    out_slot[...] = y8
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_smem.at[out_slot], out.at[head, :, pl.ds(t * KEYS, KEYS)])
+                plgpu.copy_smem_to_gmem(out_slot, ref["out"].at[head, :, pl.ds(t * KEYS, KEYS)])
 
             return finish
 
-        plgpu.copy_gmem_to_smem(identity, i_smem, identity_full)
-        _pipeline(
-            lambda t: v.at[batch, pl.ds(t * KEYS, KEYS), h], v_smem, full, run, rows // KEYS, consume,
-            before=lambda: plgpu.barrier_wait(identity_full),
-        )  # fmt: skip
+        _pipeline(ref, lambda t: ref["v"].at[batch, pl.ds(t * KEYS, KEYS), h], rows // KEYS, consume)
 
     n = b * heads
-    body.__name__ = "quantize_values"
-    return _kernel(
-        body,
-        (v, identity, inverse),
-        jax.ShapeDtypeStruct((n, dim, rows), jnp.float8_e4m3fn),
-        (n, pl.cdiv(rows // KEYS, RUN)),
-        ((KEYS, dim), v.dtype),
-        ((KEYS, KEYS), v.dtype),
-        ((dim, KEYS), jnp.float8_e4m3fn),
-        interpret,
-    )
+    inputs = {"v": v, "constant": identity, "inverse": inverse}
+    outputs = {"out": jax.ShapeDtypeStruct((n, dim, rows), jnp.float8_e4m3fn)}
+    return _launch(body, "quantize_values", inputs, outputs, KEYS, (dim, KEYS), rows // KEYS, interpret)[0]
 
 
-def _pipeline(source, slots, full, run, tiles, consume, *, before):
-    """Tiles run * RUN ... of `tiles` through `slots`. consume(slot, tile, out_slot) reads the slot into registers and
-    returns what is left to do with them, which runs with the next tile already on its way into the slot."""
-    first = run * RUN
-    count = jnp.minimum(RUN, tiles - first)
+def _pipeline(ref, source, tiles, consume):
+    """This block's run of `tiles` tiles, source(t) being the t-th. consume(slot, t, out_slot) reads the slot into
+    registers and returns what is left to do with them, which runs with the next tile already on its way into it."""
 
-    def load(i):
-        slot = lax.rem(i, IN_SLOTS)
+    def fetch(t, slot, barrier):
+        plgpu.copy_gmem_to_smem(source(t), ref["in_smem"].at[slot], barrier)
 
-        @pl.when(i < count)
-        def _():
-            plgpu.copy_gmem_to_smem(source(first + i), slots.at[slot], full.at[slot])
+    plgpu.copy_gmem_to_smem(ref["constant"], ref["constant_smem"], ref["constant_full"])
+    run = hw.start_run(fetch, ref["full"], IN_SLOTS, RUN, tiles, IN_SLOTS)
+    plgpu.barrier_wait(ref["constant_full"])
 
-    for i in range(IN_SLOTS):
-        load(jnp.int32(i))
-    before()
-
-    @pl.loop(0, count)
+    @pl.loop(0, run.count)
     def _(i):
         slot = lax.rem(i, IN_SLOTS)
-        plgpu.barrier_wait(full.at[slot])
+        plgpu.barrier_wait(ref["full"].at[slot])
         # Of the copies out, all but the newest have left their slot.
         plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-        finish = consume(slot, first + i, lax.rem(i, OUT_SLOTS))
-        load(i + IN_SLOTS)
+        finish = consume(ref["in_smem"].at[slot], run.first + i, ref["out_smem"].at[lax.rem(i, OUT_SLOTS)])
+        run.load(i + IN_SLOTS)
         finish()
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(body, operands, out_type, grid, tile, constant, out_tile, interpret):
-    """One warpgroup a block: the maximum of a tile crosses warps through memory that the block has once."""
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=grid,
-        grid_names=("head", "run"),
-        scratch_types=[
-            plgpu.SMEM((IN_SLOTS, *tile[0]), tile[1]),
-            plgpu.SMEM(*constant),
-            plgpu.SMEM((OUT_SLOTS, *out_tile[0]), out_tile[1]),
-            plgpu.Barrier(num_barriers=IN_SLOTS),
-            plgpu.Barrier(),
-        ],
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
-    )(*operands)
+def _launch(body, name, inputs, outputs, rows, out_tile, tiles, interpret):
+    """inputs: the tensor [b, l, h, d] first, of which a tile has `rows` rows, then the `constant` that tiles are
+    multiplied by; outputs: of `tiles` tiles of shape out_tile first."""
+    (x, constant, *_), (out, *_) = inputs.values(), outputs.values()
+    scratch = {
+        "in_smem": plgpu.SMEM((IN_SLOTS, rows, x.shape[-1]), x.dtype),
+        "constant_smem": plgpu.SMEM(constant.shape, constant.dtype),
+        "out_smem": plgpu.SMEM((OUT_SLOTS, *out_tile), out.dtype),
+        "full": plgpu.Barrier(num_barriers=IN_SLOTS),
+        "constant_full": plgpu.Barrier(),
+    }
+    runs = pl.cdiv(tiles, RUN)
+    return hw.by_runs(
+        body, name, inputs, outputs, scratch, heads=out.shape[0], runs=runs, interpret=interpret, exact=True
+    )
 
 
 def mean_key(k: jax.Array) -> jax.Array:
