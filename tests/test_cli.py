@@ -8,6 +8,7 @@ import warnings
 import jax
 import pytest
 import small_pipeline
+from jax.experimental.compilation_cache import compilation_cache
 
 from turbojax import read_video
 from turbojax.cli import COMMANDS, main
@@ -24,7 +25,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The user's cache folder."""
+    """The user's cache folder, which only a process without another choice takes."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -190,7 +193,7 @@ def test_ctrl_c_ends_quietly(folder, tmp_path, cache, monkeypatch, capsys):
     assert capsys.readouterr().err == "turbojax generate: interrupted\n"
 
 
-def test_the_compilation_cache_leaves_the_users_choice_alone(cache, tmp_path, monkeypatch):
+def test_the_compilation_cache_leaves_the_users_choice_alone(cache, tmp_path):
     chosen = use_compilation_cache()
     assert chosen is not None
     assert chosen.is_relative_to(cache)

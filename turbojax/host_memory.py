@@ -10,7 +10,7 @@ import ctypes
 import platform
 
 # mallopt's parameters, from malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
 _KEEP = 2**31 - 1
 
 
@@ -22,5 +22,6 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    for parameter, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, _KEEP), (_TOP_PAD, 2**28)):
+    # One arena: those of other threads, where XLA runs, are made of pieces of 64 MiB that do go back.
+    for parameter, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, _KEEP), (_TOP_PAD, 2**28), (_ARENA_MAX, 1)):
         libc.mallopt(parameter, value)
