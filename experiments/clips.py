@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.records import Results, Row, name_of
-from experiments.report import sheet, with_bootstrap, with_wilson
+from experiments.report import with_bootstrap, with_wilson, write_sheet
 from turbojax.errors import UserError
 from turbojax.image import resize_image
 from turbojax.pipeline import Pipeline
@@ -115,7 +115,7 @@ class Clips:
                 return
             with Image.open(self._path(cell, "png")) as image:
                 strips[label] = np.asarray(image.convert("RGB"))
-        sheet(self.out / "clips.png", strips, title)
+        write_sheet(self.out / "clips.png", strips, title)
 
     def _make(self, make: Maker, name: str) -> Iterator[tuple[Frames, float, float]]:
         for start in tqdm(range(0, len(self.wanted), self.batch_size), desc=name, mininterval=2.0):

@@ -1,7 +1,7 @@
 """Sparse attention and few steps in one student: merge two fine-tunings, or train one after the other?
 
-    python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz       (67 minutes as below, one busy core)
-    python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz --quick
+    python -m experiments.merge_vs_sequential --sla-steps 500 --rcm-steps 500          (67 minutes, one busy core)
+    python -m experiments.merge_vs_sequential --pca runs/vae/pca.npz
 
     merged       dense student by rCM + (student with SLA - teacher): the two train apart (TurboDiffusion's way)
     sequential   the student with SLA, then rCM on it with sparse attention
@@ -13,11 +13,12 @@ to answer as the teacher does without guidance, since guidance enters by rCM's c
 guided answer. Every stage resumes: give the same command again.
 
 What came out (`--sla-steps 500 --rcm-steps 500`, half of the shipped student's rCM; 336 clips a row): merging loses
-nothing. The merged student is 0.3 dB [0.0, 0.6] better than the sequential one in four steps and 0.5 dB [0.3, 0.7] in
-two, with the same shapes and motions right to a point: what the two trainings teach adds up, and each can be had
-apart. Sparsity costs either of them more than the order does: the dense student is 1.5 dB [1.3, 1.8] above the merged
-one in four steps and gets 1.8 points more of the shapes, at one step 12 points. It is the least diverse of them
-(0.83). One run of each, so that the differences of a few tenths may be the seed's.
+nothing. The merged student fits 0.5 dB [0.3, 0.7] better than the sequential one in two steps and as much in one; the
+0.3 dB [-0.1, 0.6] in four may be chance, and so may every difference in the shapes that are right. What the two
+trainings teach adds up, and each can be had apart. Sparsity costs more than the order does: the dense student is 1.5 dB
+[1.3, 1.8] above the merged one in four steps, and gets 12 points [7, 16] more of the shapes in one. It is the least
+diverse of them (0.83). One run of each, so that a few tenths may also be the seed's. Other work ran beside: the times
+are for comparison with each other.
 """
 
 from __future__ import annotations
@@ -29,20 +30,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convert import merge_checkpoints
+from experiments.clips import diversity
 from experiments.command import Command, run
+from experiments.records import Results, Row
+from experiments.report import COLOURS, bootstrap, figure, save, with_bootstrap, write_table
+from experiments.training import fitted_codec
 from turbojax.attention import DENSE
 from turbojax.cli_evaluate import measured, read_prompts, subject, write
 from turbojax.errors import UserError
 from turbojax.pipeline_config import find_pipeline
 from turbojax.train.cli import settings
 from turbojax.train.config_file import read_config
+from turbojax.train.evaluate import wilson
 from turbojax.train.launch import train_student
 from turbojax.train.rcm_stage import RCMConfig
 from turbojax.train.sla import SLAConfig
 from turbojax.train.student import SLA, StudentRun
 
-SPARSE, ARMS = dataclasses.replace(SLA, kind="sla"), ("merged", "sequential", "dense")
+SPARSE = dataclasses.replace(SLA, kind="sla")
+ARMS, STEPS = ("merged", "sequential", "dense"), (4, 2, 1)
 
 
 def shipped(stage: str) -> Any:
@@ -54,7 +63,7 @@ def shipped(stage: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = Command(__doc__ or "", "merge_vs_sequential", model="tiny-teacher")
-    command.option("pca", "runs/vae/pca.npz", "runs/vae/pca.npz", "codec of the training clips")
+    command.option("pca", "new", "new", "codec of the training clips, a file; new: fitted, as the shipped one was")
     command.option("sla_steps", shipped("sla").steps, 2, "updates of SLA")
     command.option("rcm_steps", shipped("rcm").steps, 3, "updates of rCM, student and critic together")
     command.option("clips", 16_384, 16, "scenes to train on")
@@ -64,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     angles = find_pipeline("tiny").spec.config.mid_times
     command.option("mid_times", angles, angles, "TrigFlow angles of the later steps")
     args = command.parse(argv)
-    if not Path(args.pca).is_file():
+    if args.pca != "new" and not Path(args.pca).is_file():
         raise UserError(f"--pca {args.pca}: no such file; `turbojax train vae --part pca` makes it")
     if args.model == "tiny":
         raise UserError("--model must be the teacher: tiny-teacher, or a folder of its kind")
@@ -82,7 +91,8 @@ def train(args: argparse.Namespace) -> dict[str, Path]:
     for part in ("dit", "text_encoder"):
         if not (together / part).exists():
             (together / part).symlink_to(teacher[part])
-    common = StudentRun(teacher=together, pca=Path(args.pca), cache=args.out, clips=args.clips, sample_every=10**9)
+    pca = fitted_codec(args.out) if args.pca == "new" else Path(args.pca)
+    common = StudentRun(teacher=together, pca=pca, cache=args.out, clips=args.clips, sample_every=10**9)
 
     def student(name: str, config: SLAConfig | RCMConfig, start: Path | None = None) -> Path:
         export = args.out / name / "student"
@@ -121,15 +131,59 @@ def compare(args: argparse.Namespace, arms: dict[str, Path]) -> None:
     """All arms in 4, 2 and 1 steps beside the teacher, on the same noise."""
     teacher = subject(args.model, {"steps": 4} if args.quick else {})
     students = [
-        dataclasses.replace(subject(str(folder), {"steps": steps}), name=f"{arm}, {steps} steps")
+        dataclasses.replace(subject(str(folder), {"steps": steps}), name=named(arm, steps))
         for arm, folder in arms.items()
-        for steps in ((4,) if args.quick else (4, 2, 1))
+        for steps in ((4,) if args.quick else STEPS)
     ]
     prompts = dict(list(read_prompts(None).items())[: args.prompts])
     with (args.out / "results.jsonl").open("w") as log:
         for rows in measured([teacher, *students], teacher, prompts, args.seeds, 2 if args.quick else 8):
             log.write("".join(json.dumps(row) + "\n" for row in rows))
     write(args.out, [teacher, *students], teacher)
+    report(args.out, args.model)
+
+
+def named(arm: str, steps: int) -> str:
+    return f"{arm}, {steps} step{'s' * (steps > 1)}"
+
+
+def report(out: Path, teacher: str) -> None:
+    """differences.md: arms against each other, clip by clip; arms.png: all of them by steps, beside the teacher."""
+    found = Results(out / "results.jsonl")
+    rows = {(arm, n): found.where(model=named(arm, n)) for arm in ARMS for n in STEPS}
+    steps = [n for n in STEPS if rows[ARMS[0], n]]
+    differences = []
+    for n in steps:
+        for one, other in (("merged", "sequential"), ("dense", "merged")):
+            pairs = list(zip(rows[one, n], rows[other, n], strict=True))
+            fit = with_bootstrap([a["fit"] - b["fit"] for a, b in pairs], 2)
+            shape = with_bootstrap([100.0 * (a["shape"] - b["shape"]) for a, b in pairs])
+            differences.append({"steps": n, "difference": f"{one} - {other}", "fit, dB": fit, "shape, points": shape})
+    write_table(out / "differences.md", differences, "Clip by clip, 95% intervals.")
+    fig, (axes,) = figure(1, 3, 3.6, 3.0)
+    for i, arm in enumerate(ARMS):
+        x = np.arange(len(steps)) + 0.06 * (i - 1)
+        measures = [fit_and_shapes(rows[arm, n]) for n in steps]
+        for axis, points in zip(axes, zip(*measures, strict=True), strict=False):
+            middle, low, high = np.transpose(points)
+            axis.plot(x, middle, "o-", markersize=4, color=COLOURS[i], label=arm)
+            axis.vlines(x, low, high, color=COLOURS[i])
+        axes[2].plot(x, [diversity(rows[arm, n]) for n in steps], "o-", markersize=4, color=COLOURS[i])
+    guided = found.where(model=teacher)
+    levels = [middle for middle, *_ in fit_and_shapes(guided)] + [diversity(guided)]
+    for axis, title, level in zip(axes, ("fit, dB", "shape right, %", "diversity"), levels, strict=True):
+        axis.axhline(level, color="black", linewidth=0.8, linestyle=":", label=teacher)
+        axis.set(title=title, xlabel="steps of the students")
+        axis.set_xticks(range(len(steps)), steps)
+    axes[1].legend(frameon=False, fontsize=8)
+    save(fig, out / "arms.png")
+
+
+def fit_and_shapes(rows: Sequence[Row]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean fit in dB and the share of shapes that are right in percent, each with its 95% interval."""
+    fits, hits = [r["fit"] for r in rows], sum(r["shape"] for r in rows)
+    low, high = wilson(hits, len(rows))
+    return (float(np.mean(fits)), *bootstrap(fits)), (100 * hits / len(rows), 100 * low, 100 * high)
 
 
 if __name__ == "__main__":

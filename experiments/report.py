@@ -17,8 +17,9 @@ from cycler import cycler
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from experiments.strips import sheet
 from turbojax.train import evaluate
 
 COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#718096", "#b7791f", "#c53030")
@@ -97,26 +98,8 @@ def heat_map(
             axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def sheet(path: Path, strips: Mapping[tuple[str, str], UInt8[np.ndarray, "h w 3"]], title: str) -> None:
-    """Strips of frames, all of one size, by (row, column) label: the same clips under every setting, at half size."""
-    rows, columns = list(dict.fromkeys(r for r, _ in strips)), list(dict.fromkeys(c for _, c in strips))
-    h, w = (n // 2 for n in next(iter(strips.values())).shape[:2])
-    font, gap = ImageFont.load_default(12), 8
-    left = gap + max(round(font.getlength(row)) for row in rows) + gap
-    top = 24 + (18 if any(columns) else 0)
-    width = max(left + len(columns) * (w + gap), round(font.getlength(title)) + 2 * gap)
-    page = Image.new("RGB", (width, top + len(rows) * (h + gap)), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((gap, 5), title, "black", font)
-    for j, column in enumerate(columns):
-        draw.text((left + j * (w + gap), 24), column, "black", font)
-    for i, row in enumerate(rows):
-        y = top + i * (h + gap)
-        draw.text((gap, y + h // 2), row, "black", font, anchor="lm")
-        for j, column in enumerate(columns):
-            if (row, column) in strips:
-                strip = Image.fromarray(strips[row, column]).resize((w, h), Image.Resampling.LANCZOS)
-                page.paste(strip, (left + j * (w + gap), y))
+def write_sheet(path: Path, strips: Mapping[tuple[str, str], UInt8[np.ndarray, "h w 3"]], title: str) -> None:
+    """Write labelled strips (`strips.sheet`) at half size."""
     partial = path.with_name("." + path.name)
-    page.quantize(256).save(partial, format="png", optimize=True)
+    sheet(strips, title, 0.5).quantize(256).save(partial, format="png", optimize=True)
     os.replace(partial, path)

@@ -84,10 +84,7 @@ class Tuning:
         pipeline = made.pipeline
         self.guidance = made.spec.config.guidance[0]
         self.networks = student.Networks(pipeline.dit, attention)
-        codec = TrainVAEConfig(part="pca", out=args.out)
-        if not codec.pca_path.exists():
-            fit_codec(codec)
-        pca = PCALatents.load(codec.pca_path)
+        pca = PCALatents.load(fitted_codec(args.out))
         self.clips = drawn_clips(pipeline, pca, args.out, args.scenes, seed=1000, combinations=data.TRAINED)
         unseen = drawn_clips(pipeline, pca, args.out, 16, seed=5000, combinations=data.COMBINATIONS)
         batch = unseen.draw(0, 16)
@@ -143,14 +140,23 @@ class Tuning:
         noise = jax.random.normal(jax.random.key(1), self._latents.shape)
         empty = jnp.asarray(self.clips.empty)
         teacher = guided(self.networks.teacher, self._context, empty, self.guidance)
-        errors = []
-        for s in LEVELS:
+
+        def at(s: Array) -> Array:
             times = jnp.full(len(noise), s)
             x = add_noise(self._latents, noise, times)
             target = teacher(x, 1000.0 * times)
             found = self.networks.student(params, x, 1000.0 * times, self._context)
-            errors.append(jnp.linalg.norm(found - target) / jnp.linalg.norm(target))
-        return jnp.stack(errors)
+            return jnp.linalg.norm(found - target) / jnp.linalg.norm(target)
+
+        return jax.lax.map(at, jnp.asarray(LEVELS))
+
+
+def fitted_codec(out: Path) -> Path:
+    """The codec that the small model's latents come from, fitted once into `out` (seconds)."""
+    codec = TrainVAEConfig(part="pca", out=out)
+    if not codec.pca_path.exists():
+        fit_codec(codec)
+    return codec.pca_path
 
 
 def drawn_clips(

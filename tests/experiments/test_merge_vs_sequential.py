@@ -1,6 +1,7 @@
 """The comparison merges what it should, and hands each arm to the sampler as a pipeline (training is stubbed)."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,7 @@ def test_the_merged_student_is_the_dense_one_plus_what_sparsity_taught(tmp_path,
     monkeypatch.setattr(experiment, "train_student", stub)
     monkeypatch.setattr(experiment, "measured", lambda subjects, *_: measured.extend(subjects) or [])
     monkeypatch.setattr(experiment, "write", lambda *_: None)
+    monkeypatch.setattr(experiment, "report", lambda *_: None)
     (tmp_path / "pca.npz").touch()
     experiment.main(["--pca", str(tmp_path / "pca.npz"), "--quick", "--out", str(tmp_path / "out")])
 
@@ -54,6 +56,22 @@ def test_the_merged_student_is_the_dense_one_plus_what_sparsity_taught(tmp_path,
     kinds = [find_pipeline(student.model).spec.config.attention for student in students]
     assert kinds == ["sla", "sla", "dense"]
     assert {find_pipeline(s.model).spec.config.sampler for s in students} == {"rcm-sde"}
+
+
+def test_arms_are_compared_clip_by_clip(tmp_path):
+    fits = {"merged": (20.0, 30.0), "sequential": (19.0, 29.0), "dense": (22.0, 32.0), "teacher": (25.0, 25.0)}
+    rows = [
+        {"model": arm if arm == "teacher" else experiment.named(arm, 4), "prompt": "a red circle moving left"}
+        | {"seed": seed, "shape": arm != "sequential" or seed == 0, "fit": fit, "place": None}
+        for arm, pair in fits.items()
+        for seed, fit in enumerate(pair)
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    experiment.report(tmp_path, "teacher")
+    table = (tmp_path / "differences.md").read_text()
+    assert "| 4 | merged - sequential | 1.00 [1.00, 1.00] | 50.0 [0.0, 100.0] |" in table
+    assert "| 4 | dense - merged | 2.00 [2.00, 2.00] | 0.0 [0.0, 0.0] |" in table
+    assert (tmp_path / "arms.png").exists()
 
 
 def test_the_arms_train_as_the_shipped_student_did():

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from experiments import report, results
+from experiments import strips as strip_sheets
 from experiments.command import Command
 from experiments.records import Results, name_of
 from turbojax.errors import UserError
@@ -66,12 +67,20 @@ def test_pictures_are_small_and_nothing_half_written_stays(tmp_path):
     report.heat_map(axes[0, 0], np.arange(6.0).reshape(2, 3), [1, 2], [3, 4, 5], **labels)
     report.save(fig, tmp_path / "grid.png")
     strip = np.zeros((16, 64, 3), np.uint8)
-    report.sheet(tmp_path / "clips.png", {("a", "x"): strip, ("b", "x"): strip, ("b", "y"): strip}, "sheet")
+    report.write_sheet(tmp_path / "clips.png", {("a", "x"): strip, ("b", "x"): strip, ("b", "y"): strip}, "sheet")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clips.png", "grid.png"]
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
             assert image.mode == "P"
         assert path.stat().st_size < 100_000
+
+
+def test_a_long_column_of_strips_is_folded_and_every_strip_is_there():
+    strips = {(f"row {i}", ""): np.full((20, 60, 3), 10 * i, np.uint8) for i in range(strip_sheets.TALL + 1)}
+    page = np.asarray(strip_sheets.sheet(strips))
+    assert page.shape[0] < (strip_sheets.TALL + 1) * 20 < 2 * page.shape[0]
+    for i in range(len(strips)):
+        assert (page == 10 * i).all(-1).sum() >= 20 * 60
 
 
 def test_options_have_a_full_and_a_quick_default(tmp_path, plain_jax):
