@@ -213,6 +213,7 @@ def report(out: Any, rows: Sequence[Row], args: Any) -> None:
         values = [100 * mean("l1", variant=name, data=data) for name in args.variants]
         axes[0].barh(places - 0.27 * (i - 1), values, 0.25, label=data, color=COLOURS[i])
     axes[0].set(title="relative L1 of the attention output, %", xscale="log")
+    axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].set_yticks(places, args.variants)
     axes[0].legend(frameon=False, fontsize=8)
     shown = args.variants[min(1, len(args.variants) - 1)]

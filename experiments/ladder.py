@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.option("teacher", "tiny-teacher", "tiny-teacher", "the many-step model")
     command.option("steps", 50, 6, "steps of the teacher")
     command.option("clips", 48, 4, "clips of each rung")
-    command.option("batch_size", 8, 4, "clips made at once")
+    command.option("batch_size", 8, 2, "clips made at once")
     args = command.parse(argv)
     student = Clips(args.out, args.model, clips=args.clips, batch_size=args.batch_size)
     teacher = Clips(args.out, args.teacher, clips=args.clips, batch_size=args.batch_size)
@@ -136,11 +136,8 @@ def report(clips: Clips, measured: dict[str, list[Row]], ladder: Sequence[str], 
     fig, (axes,) = figure(1, 3 if clips.readable else 1, 4.2, 3.4)
     colours = [COLOURS[0] if name in ladder else COLOURS[5] for name in measured]
     places = np.arange(len(measured))[::-1]
-    times = [seconds(r) for r in measured.values()]
-    axes[0].barh(places, times, color=colours)
-    for place, value in zip(places, times, strict=True):
-        axes[0].text(value, place, f" {value:.3f} s  {times[0] / value:.1f}x", va="center", fontsize=8)
-    axes[0].set(title="DiT seconds a clip", xlim=(0, max(times) * 1.35))
+    times = {name: seconds(r) for name, r in measured.items()}
+    waterfall(axes[0], times, ladder)
     axes[0].set_yticks(places, list(measured))
     if clips.readable:
         hits = [sum(map(right, r)) for r in measured.values()]
@@ -155,6 +152,22 @@ def report(clips: Clips, measured: dict[str, list[Row]], ladder: Sequence[str], 
             axis.set_yticks(places, [""] * len(places))
     save(fig, clips.out / "waterfall.png")
     clips.sheet({(name, ""): {"rung": name, "steps": steps} for name in measured})
+
+
+def waterfall(axes: Any, times: dict[str, float], ladder: Sequence[str]) -> None:
+    """Bars from the rung before (of a part alone: from the first) to each rung's own time, on a logarithmic axis."""
+    first, before = times[ladder[0]], times[ladder[0]]
+    for place, (name, value) in zip(np.arange(len(times))[::-1], times.items(), strict=True):
+        start = before if name in ladder else first
+        colour = COLOURS[2] if value < start else COLOURS[1]
+        axes.barh(place, value - start, left=start, color=colour, alpha=1.0 if name in ladder else 0.55)
+        axes.plot([value], [place], "k|", markersize=11)
+        axes.text(max(value, start) * 1.08, place, f"{value:.3f} s  {first / value:.1f}x", va="center", fontsize=8)
+        before = value
+    axes.axvline(first, color="black", linewidth=0.6, linestyle=":")
+    axes.set(title="DiT seconds a clip (green: faster)", xscale="log")
+    axes.set_xlim(min(times.values()) / 1.3, max(times.values()) * 3.5)
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 if __name__ == "__main__":
