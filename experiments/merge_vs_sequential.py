@@ -70,15 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.option("seeds", 7, 1, "clips of each prompt to measure")
     command.option("prompts", 48, 2, "prompts to measure")
     command.option("guidance", 2.0, 2.0, "of the teacher, which the students take in")
+    command.option("arms", ARMS, ("merged", "dense"), "what is trained and compared")
     angles = find_pipeline("tiny").spec.config.mid_times
     command.option("mid_times", angles, angles, "TrigFlow angles of the later steps")
     args = command.parse(argv)
+    if unknown := set(args.arms) - set(ARMS):
+        raise UserError(f"--arms {', '.join(sorted(unknown))}: known are {', '.join(ARMS)}")
     if args.pca != "new" and not Path(args.pca).is_file():
         raise UserError(f"--pca {args.pca}: no such file; `turbojax train vae --part pca` makes it")
     if args.model == "tiny":
         raise UserError("--model must be the teacher: tiny-teacher, or a folder of its kind")
     folders = train(args)
-    arms = {arm: pipeline(args, arm, folders[arm]) for arm in ARMS}
+    arms = {arm: pipeline(args, arm, folder) for arm, folder in folders.items()}
     compare(args, arms)
 
 
@@ -102,13 +105,18 @@ def train(args: argparse.Namespace) -> dict[str, Path]:
     sla = dataclasses.replace(shipped("sla"), steps=args.sla_steps, guidance=1.0, attention=SPARSE)
     rcm = dataclasses.replace(shipped("rcm"), steps=args.rcm_steps, guidance=args.guidance)
     rcm = dataclasses.replace(rcm, tangent_warmup=rcm.tangent_warmup * args.rcm_steps // shipped("rcm").steps)
-    dense = student("rcm-dense", dataclasses.replace(rcm, attention=DENSE))
-    apart = student("sla-unguided", sla)
-    guided = student("sla-guided", dataclasses.replace(sla, guidance=args.guidance))
-    after = student("rcm-sparse", dataclasses.replace(rcm, attention=SPARSE), guided)
-    merged = args.out / "merged"
-    merge_checkpoints(dense, together / "dit", apart, merged, format="safetensors", overwrite=True, progress=False)
-    return {"merged": merged, "sequential": after, "dense": dense}
+    made: dict[str, Path] = {}
+    if {"merged", "dense"} & set(args.arms):
+        made["dense"] = student("rcm-dense", dataclasses.replace(rcm, attention=DENSE))
+    if "merged" in args.arms:
+        apart, merged = student("sla-unguided", sla), args.out / "merged"
+        written: dict[str, Any] = {"format": "safetensors", "overwrite": True, "progress": False}
+        merge_checkpoints(made["dense"], together / "dit", apart, merged, **written)
+        made["merged"] = merged
+    if "sequential" in args.arms:
+        guided = student("sla-guided", dataclasses.replace(sla, guidance=args.guidance))
+        made["sequential"] = student("rcm-sparse", dataclasses.replace(rcm, attention=SPARSE), guided)
+    return {arm: made[arm] for arm in args.arms}
 
 
 def pipeline(args: argparse.Namespace, arm: str, dit: Path) -> Path:
@@ -151,17 +159,20 @@ def report(out: Path, teacher: str) -> None:
     """differences.md: arms against each other, clip by clip; arms.png: all of them by steps, beside the teacher."""
     found = Results(out / "results.jsonl")
     rows = {(arm, n): found.where(model=named(arm, n)) for arm in ARMS for n in STEPS}
-    steps = [n for n in STEPS if rows[ARMS[0], n]]
+    arms = [arm for arm in ARMS if any(rows[arm, n] for n in STEPS)]
+    steps = [n for n in STEPS if rows[arms[0], n]]
+    compared = [pair for pair in (("merged", "sequential"), ("dense", "merged")) if set(pair) <= set(arms)]
     differences = []
     for n in steps:
-        for one, other in (("merged", "sequential"), ("dense", "merged")):
+        for one, other in compared:
             pairs = list(zip(rows[one, n], rows[other, n], strict=True))
             fit = with_bootstrap([a["fit"] - b["fit"] for a, b in pairs], 2)
             shape = with_bootstrap([100.0 * (a["shape"] - b["shape"]) for a, b in pairs])
             differences.append({"steps": n, "difference": f"{one} - {other}", "fit, dB": fit, "shape, points": shape})
-    write_table(out / "differences.md", differences, "Clip by clip, 95% intervals.")
+    if differences:
+        write_table(out / "differences.md", differences, "Clip by clip, 95% intervals.")
     fig, (axes,) = figure(1, 3, 3.6, 3.0)
-    for i, arm in enumerate(ARMS):
+    for i, arm in enumerate(arms):
         x = np.arange(len(steps)) + 0.06 * (i - 1)
         measures = [fit_and_shapes(rows[arm, n]) for n in steps]
         for axis, points in zip(axes, zip(*measures, strict=True), strict=False):

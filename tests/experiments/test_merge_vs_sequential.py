@@ -33,7 +33,8 @@ def test_the_merged_student_is_the_dense_one_plus_what_sparsity_taught(tmp_path,
     monkeypatch.setattr(experiment, "write", lambda *_: None)
     monkeypatch.setattr(experiment, "report", lambda *_: None)
     (tmp_path / "pca.npz").touch()
-    experiment.main(["--pca", str(tmp_path / "pca.npz"), "--quick", "--out", str(tmp_path / "out")])
+    arms = ["--arms", ",".join(experiment.ARMS)]
+    experiment.main(["--pca", str(tmp_path / "pca.npz"), "--quick", *arms, "--out", str(tmp_path / "out")])
 
     (_, dense), (_, apart), (guided, sparse), (after, sequential) = CALLS
     assert isinstance(dense, RCMConfig)
