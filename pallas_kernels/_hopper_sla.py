@@ -21,8 +21,8 @@ from pallas_kernels._hopper_linear import BLOCK, block_sums, summarize_keys
 from pallas_kernels._hopper_top_blocks import padded_width, top_blocks
 from pallas_kernels.block_map import block_counts, block_scores, centred_means, num_selected
 
-SORTED, COUNTED = 768, 1920
-"""Up to the first number of key blocks sorting their scores is as fast; up to the second `top_blocks` can count."""
+SORTED, COUNTED = 255, 1920
+"""Up to the first number of key blocks their scores are sorted; up to the second `top_blocks` can count."""
 
 
 def sla_forward(

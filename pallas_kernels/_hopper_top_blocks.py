@@ -9,14 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.quantize_kernels import WARPGROUP, row_layout
 
-ROWS = 8
-"""Rows that a block takes in turn."""
 SMALLEST, POSITIVE = -(2**31), 0x7FFFFFFF
 # Counts of two kinds in one number: exact in float32 for up to 2^11 columns.
 SECOND = 2048
@@ -28,34 +25,29 @@ def kth_largest(scores: Float[Array, "rows width"], k: int, count: int, *, inter
     layout = row_layout(width)
 
     def body(scores, found):
-        @pl.loop(0, ROWS)
-        def _(i):
-            row = lax.axis_index("rows") * ROWS + i
+        row = lax.axis_index("row")
+        bits = lax.bitcast_convert_type(plgpu.load(scores.at[row], layout=layout, optimized=False), jnp.int32)
+        # As integers in the order of the numbers.
+        keys = jnp.where(bits < 0, bits ^ POSITIVE, bits)
+        column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
+        keys = jnp.where(column < count, keys, SMALLEST)
 
-            @pl.when(row < rows)
-            def _():
-                bits = lax.bitcast_convert_type(plgpu.load(scores.at[row], layout=layout, optimized=False), jnp.int32)
-                # As integers in the order of the numbers.
-                keys = jnp.where(bits < 0, bits ^ POSITIVE, bits)
-                column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
-                keys = jnp.where(column < count, keys, SMALLEST)
+        def reached(bound):
+            return jnp.sum(jnp.where(keys >= bound, 1.0, 0.0)) >= k
 
-                def reached(bound):
-                    return jnp.sum(jnp.where(keys >= bound, 1.0, 0.0)) >= k
+        def refine(_, carry):
+            bound, step = carry
+            return jnp.where(reached(bound + step), bound + step, bound), lax.div(step, jnp.int32(2))
 
-                def refine(_, carry):
-                    bound, step = carry
-                    return jnp.where(reached(bound + step), bound + step, bound), lax.div(step, jnp.int32(2))
-
-                bound = jnp.where(reached(jnp.int32(0)), jnp.int32(0), jnp.int32(SMALLEST))
-                found[row] = lax.fori_loop(0, 31, refine, (bound, jnp.int32(2**30)))[0]
+        bound = jnp.where(reached(jnp.int32(0)), jnp.int32(0), jnp.int32(SMALLEST))
+        found[row] = lax.fori_loop(0, 31, refine, (bound, jnp.int32(2**30)))[0]
 
     body.__name__ = "kth_largest"
     bound = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows,), jnp.int32),
-        grid=(pl.cdiv(rows, ROWS),),
-        grid_names=("rows",),
+        grid=(rows,),
+        grid_names=("row",),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
     )(scores)
     return lax.bitcast_convert_type(jnp.where(bound < 0, bound ^ POSITIVE, bound), jnp.float32)
