@@ -58,7 +58,7 @@ def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bo
                     y = y * lax.rsqrt(jnp.sum(y * y) * (1.0 / width) + eps)
                     y = y * (1.0 + modulation[0]) + modulation[1]
                 amax = jnp.maximum(jnp.max(jnp.abs(y)), AMAX_FLOOR)
-                q.at[b, row][...] = jnp.round(y * (INT8_MAX_TOKEN / amax)).astype(jnp.int8)
+                q.at[b, row][...] = _rounded(y * (INT8_MAX_TOKEN / amax))
                 q_scale[b, row] = amax / INT8_MAX_TOKEN
 
             return ahead
@@ -73,6 +73,14 @@ def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bo
         grid_names=("batch", "rows"),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(*operands)
+
+
+def _rounded(y):
+    """int8 of y in [-127, 127], half to even: y + 1.5 * 2^23 has no place for a fraction, its low byte is y.
+
+    Rounding, limiting and converting are four instructions, two of them at a fraction of the rate.
+    """
+    return lax.bitcast_convert_type(y + 1.5 * 2**23, jnp.int32).astype(jnp.int8)
 
 
 def row_layout(width: int):

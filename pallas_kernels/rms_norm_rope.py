@@ -117,8 +117,13 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
         out_type=jax.ShapeDtypeStruct((batch, length, width), jnp.uint32),
         grid=(batch, pl.cdiv(length, ROWS)),
         grid_names=("batch", "rows"),
-        # Solving for the layouts of some hundred small vectors takes ten seconds; here each load states its own.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            # Solving for the layouts of some hundred small vectors takes ten seconds; here each load states its own.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Pallas would put two in front of and behind every store; the only memory shared is the reduction's own,
+            # which has its own.
+            unsafe_no_auto_barriers=True,
+        ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(pairs, even, odd, cos, sin)
     return lax.bitcast_convert_type(out, jnp.bfloat16).reshape(x.shape)
