@@ -36,6 +36,7 @@ ROWS = 64
 TILE_M = WARPGROUPS * ROWS
 TILE_K = 128
 SLOTS = 2  # staging buffers a warpgroup: one is stored while the other is filled
+PREFETCHED = 32  # steps from which on it pays to bring to L2 what the staging has no room for of the residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +222,10 @@ def hopper_gemm(
                 if residual is not None:
                     for part in range(min(SLOTS, parts)):
                         fetch(part)
+                    if k_steps >= PREFETCHED and not interpret:
+                        for part in range(SLOTS, parts):
+                            columns = pl.ds(column + part * epilogue_n, epilogue_n)
+                            plgpu.async_prefetch(ref["residual"].at[out_rows, columns])
                 total, row_scale = (rescaled if blocks else channels)(row, column, index * k_steps)
                 plgpu.barrier_wait(ref["vectors_full"])
                 for part in range(parts):
