@@ -32,8 +32,9 @@ ROWS = """
 
 Seconds of the DiT alone, 4 steps at top-k 0.1, whole sampler in one program; image to video with two distinct experts
 on the card. "sagesla" is in blocks of 64x128, as TurboDiffusion has it on this GPU. The baseline is ours: dense bf16
-(cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed and scaled
-to 50. "Memory" is arguments plus temporaries of the fastest program, as the compiler counts them.
+(cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed, before
+the other columns, and scaled to 50. "Memory" is arguments plus temporaries of the fastest program, as the compiler
+counts them.
 
 | row | baseline, 50 steps | {rungs} | best speed-up | memory |
 |---|---|{rules}|---|---|
