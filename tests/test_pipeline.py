@@ -224,9 +224,10 @@ def test_noise_of_a_seed_is_the_same_for_every_sampler_and_fresh_for_every_step(
 
 
 def test_the_progress_bar_counts_every_step(pipe, clip, capsys):
-    pipe.generate(PROMPT, seed=[1, 2], progress=True)
+    watched, _ = pipe.generate(PROMPT, seed=[1, 2], progress=True)
     jax.effects_barrier()
     assert "6/6 steps" in capsys.readouterr().err
+    np.testing.assert_array_equal(watched.frames, clip.frames)  # who watches changes nothing
     pipe.generate(PROMPT, seed=1, progress=False)
     assert capsys.readouterr().err == ""
 

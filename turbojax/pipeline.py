@@ -228,7 +228,8 @@ class Pipeline:
             *noises,
             graphdefs=tuple(graphdef for graphdef, _ in experts),
             settings=settings,
-            tick=self._bar.tick,
+            # A call back to Python costs a small model a tenth of a step.
+            tick=self._bar.tick if self._bar.shown else None,
             offload=self.offload,
         )
         programs["vae"] = self._programs.get(decode, vae[1], programs["dit"].out_info, graphdef=vae[0])

@@ -14,6 +14,10 @@ class StepBar:
     def __init__(self) -> None:
         self._bar: Any = None
 
+    @property
+    def shown(self) -> bool:
+        return self._bar is not None
+
     def tick(self, _: object) -> None:
         bar = self._bar
         if bar is not None:
@@ -21,7 +25,7 @@ class StepBar:
 
     def resume(self) -> None:
         """Leave what went by since the last step (compiling, decoding) out of the time left."""
-        if self._bar is not None:
+        if self.shown:
             self._bar.set_description("denoising", refresh=False)
             self._bar.unpause()
 
