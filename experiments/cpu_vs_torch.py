@@ -66,6 +66,10 @@ def main() -> None:
         return
     if args.torch_python is None:
         arguments.error("--torch-python is needed: a Python with torch, diffusers and transformers")
+    # As the command line does; torch, in its own process, keeps its memory itself.
+    from turbojax.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, torch_half(args, Path(folder)) as ask:
         rows = [compare(name, Path(folder), ask, args) for name in names]
     report(rows, args.out)

@@ -125,6 +125,7 @@ def test_several_clips_are_numbered(folder, tmp_path, cache):
         (["caf\udce9"], "is not Unicode text"),
         ([PROMPT, "--guidance", "2", "--negative-prompt", "\udce9"], "is not Unicode text"),
         ([PROMPT, "--model", "nowhere"], "unknown model 'nowhere'"),
+        ([PROMPT, "--model", ""], "unknown model ''"),
         ([PROMPT, "--sampler", "ddim"], "unknown sampler 'ddim'"),
         ([PROMPT, "--size", "100x64"], "multiples of 16"),
         ([PROMPT, "--size", "big"], "expected WIDTHxHEIGHT"),

@@ -175,7 +175,7 @@ def find_pipeline(model: str | Path) -> PipelineFolder:
     """
     name = str(model)
     root = _SHIPPED_ROOT / SHIPPED[name] if name in SHIPPED else Path(name)
-    if not root.is_dir():
+    if not name or not root.is_dir():  # an empty path is the working folder
         if name in PRESETS:
             raise UserError(f"{name} has no weights here; convert a checkpoint first: turbojax convert --help")
         raise UserError(
