@@ -11,8 +11,9 @@
 # %% [markdown]
 # # Attention and sparsity, seen
 #
-# Sparse-linear attention computes exact attention for a few blocks of keys and leaves the rest to a linear branch.
-# Which blocks, and how much do they hold? Here are the shipped model's queries and keys while it makes a clip.
+# Sparse-linear attention (SLA) computes exact attention for a few blocks of keys and leaves the rest to a linear
+# branch. Which blocks are they, and how much of the attention do they hold? Here are the shipped model's queries and
+# keys, in every layer, while it makes a clip: at three of its noise levels, from nearly pure noise (1) down.
 
 # %%
 import jax.numpy as jnp
@@ -29,15 +30,18 @@ sparse = own_attention(pipe.spec)
 run = sample(pipe, ["a red circle moving right"], [0], states=3)
 captured = map_layers(run, lambda q, k, v: (q, k))
 levels = [state.s for state in run.states]
-q, k = captured[0]
-print("states at noise levels", [round(s, 3) for s in levels], "- q of all layers", q.shape)
+queries, keys = captured[1]  # of the middle level
+layers, _, tokens, heads, width = queries.shape
+print("noise levels:", ", ".join(f"{s:.2f}" for s in levels))
+print(f"{layers} layers of {heads} heads, {tokens} tokens, head width {width}")
 
 # %% [markdown]
 # ## Every head looks somewhere else
 #
-# 320 tokens: five latent frames of 8 x 8. Each picture is one head's softmax: a row is a query, a column a key,
-# brighter is more. Stripes at a distance of 64 are the same place in another frame; a narrow diagonal is a place
-# looking at itself. White lines part the frames.
+# 320 tokens are five latent frames of 8 x 8. Each picture is one head's softmax: a row is a query, a column a key,
+# brighter is more, and white lines part the frames. A narrow diagonal is a place that looks at itself and its
+# neighbours; further diagonals, 64 tokens apart, are the same place in other frames. Some heads do only that, others
+# look nearly everywhere.
 
 
 # %%
@@ -48,10 +52,9 @@ def softmax_of(q, k, head):
     return np.asarray(weights / weights.sum(-1, keepdims=True))
 
 
-layers, heads = q.shape[0], q.shape[3]
 fig, axes = plt.subplots(layers, heads, figsize=(1.7 * heads, 1.8 * layers), layout="constrained", dpi=72)
 for layer, head in np.ndindex(layers, heads):
-    weights = softmax_of(captured[1][0][layer], captured[1][1][layer], head)
+    weights = softmax_of(queries[layer], keys[layer], head)
     axis = axes[layer, head]
     axis.imshow(np.sqrt(weights), cmap="magma", vmax=np.quantile(np.sqrt(weights), 0.995))
     axis.set_title(f"layer {layer}, head {head}", fontsize=8)
@@ -59,14 +62,15 @@ for layer, head in np.ndindex(layers, heads):
     for edge in range(64, len(weights), 64):
         axis.axhline(edge - 0.5, color="white", linewidth=0.3)
         axis.axvline(edge - 0.5, color="white", linewidth=0.3)
-fig.suptitle(f"square root of the attention weights at s = {levels[1]:.2f}")
+fig.suptitle(f"square root of the attention weights at noise level {levels[1]:.2f}")
 plt.show()
 
 # %% [markdown]
 # ## What routing keeps
 #
-# The router pools queries and keys into blocks and keeps, for each query block, the key blocks with the highest pooled
-# score. Below, for one layer: the mass of each pair of blocks, and a frame around what is kept.
+# The router averages queries and keys over blocks (here of 16 queries and 8 keys) and keeps, for each block of queries,
+# the key blocks with the highest score between the averages. Below, for one layer: the mass of each pair of blocks, and
+# a blue frame around what is kept. It finds the diagonals without having computed the attention.
 
 
 # %%
@@ -76,12 +80,11 @@ def block_mass(q, k, head):
     return weights.reshape(rows, sparse.block_q, columns, sparse.block_k).sum(3).mean(1)
 
 
-layer = layers // 2
-q, k = captured[1][0][layer], captured[1][1][layer]
-index = kernels.sla_block_map(q, k, topk=sparse.topk, block_q=sparse.block_q, block_k=sparse.block_k)
-fig, axes = plt.subplots(1, heads, figsize=(3.6 * heads, 2.4), layout="constrained")
-for head, axis in enumerate(axes):
-    mass = block_mass(q, k, head)
+layer, sizes = layers // 2, {"block_q": sparse.block_q, "block_k": sparse.block_k}
+index = kernels.sla_block_map(queries[layer], keys[layer], topk=sparse.topk, **sizes)
+fig, axes = plt.subplots(2, 2, figsize=(9, 5), layout="constrained")
+for head, axis in enumerate(axes.flat):
+    mass = block_mass(queries[layer], keys[layer], head)
     kept = np.take_along_axis(mass, np.asarray(index[0, head]), axis=1).sum(1)
     axis.imshow(mass, cmap="magma", vmin=0)
     for row, blocks in enumerate(np.asarray(index[0, head])):
@@ -95,16 +98,16 @@ plt.show()
 # %% [markdown]
 # ## How much a share of the blocks holds
 #
-# For every share of the blocks: the mass that routing keeps, that the best choice of as many would keep, and that
-# chance would. `python -m experiments.attention_mass` has this with more clips, block sizes, layers and heads.
+# Two of these heads look narrowly and lose little; the other two spread, and leave about half of what they look at to
+# the linear branch. Would more blocks help, or a better choice of them? For every share of the blocks, mean over the
+# heads of a layer: the mass that routing keeps, that the best choice of as many would keep, and that chance would.
 
 # %%
 shares = np.arange(1, mass.shape[1] + 1) / mass.shape[1]
 routed, best = np.zeros((2, layers, heads, len(shares)))
 for layer, head in np.ndindex(layers, heads):
-    q, k = captured[1][0][layer], captured[1][1][layer]
-    mass = block_mass(q, k, head)
-    order = kernels.sla_block_map(q, k, topk=1.0, block_q=sparse.block_q, block_k=sparse.block_k)
+    mass = block_mass(queries[layer], keys[layer], head)
+    order = kernels.sla_block_map(queries[layer], keys[layer], topk=1.0, **sizes)
     routed[layer, head] = np.take_along_axis(mass, np.asarray(order[0, head]), axis=1).cumsum(1).mean(0)
     best[layer, head] = np.sort(mass, axis=1)[:, ::-1].cumsum(1).mean(0)
 fig, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
@@ -119,18 +122,18 @@ plt.show()
 # %% [markdown]
 # ## And what it does to the clip
 #
-# The same seed with fewer and fewer blocks, down to the last few. A quarter changes little: the model was tuned to it.
-# At a tenth the circle loses its shape, and at a twentieth it shrinks as well; colour and motion outlast the shape.
+# Routing is close to the best choice but in the last layer: what costs is how few blocks are kept, not which. (`python
+# -m experiments.attention_mass` has this with more clips, block sizes and heads.) The same seed with fewer and fewer
+# blocks, down to two of 40: a quarter, which the model was tuned to, changes the ground's grey and little else. At a
+# tenth the circle loses its shape, and at a twentieth it shrinks as well; colour and motion outlast the shape.
 
 # %%
 from dataclasses import replace
 
-from PIL import Image
-
-from turbojax.video import contact_sheet
+from experiments.strips import rows
 
 clips = {}
 for topk in (1.0, 0.25, 0.1, 0.05):
-    clips[topk] = pipe.generate("a red circle moving right", seed=0, attention=replace(sparse, topk=topk))
-print("rows: top-k", *clips)
-Image.fromarray(contact_sheet([v.frames for v in clips.values()]))
+    video = pipe.generate("a red circle moving right", seed=0, attention=replace(sparse, topk=topk))
+    clips[f"top-k {topk}"] = video.frames
+rows(clips)

@@ -42,7 +42,7 @@ print(f"... {len(weights)} tensors in all; stored beside them: {', '.join(golden
 # %%
 folder = Path(tempfile.mkdtemp())
 save_file(weights, folder / "wan.safetensors")
-print(inspect_checkpoint(folder / "wan.safetensors"))
+print(str(inspect_checkpoint(folder / "wan.safetensors")).replace(f"{folder}/", ""))
 
 # %% [markdown]
 # Convert and load it. Kind and shape are inferred from the tensors; layers are stacked on the way.
@@ -55,8 +55,8 @@ print(dit.config)
 # %% [markdown]
 # ## Parity
 #
-# The same inputs through the converted model, against what torch computed. Two implementations nobody here wrote are
-# stored, Wan's own and diffusers'; they differ from each other too, by the rounding of float32.
+# The same inputs through the converted model, against what torch computed with Wan's own code and with diffusers'. The
+# two differ from each other as well, by the rounding of float32.
 
 
 # %%

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import turbojax
-from turbojax.video import contact_sheet
+from experiments.strips import rows
 
 pipe = turbojax.Pipeline.load("tiny-i2v")
 config = pipe.spec.config
@@ -40,22 +40,22 @@ video
 # %% [markdown]
 # ## One picture, four prompts
 #
-# Eight frames a row. The first is the picture again, as the VAE draws it.
+# Eight frames a row. The first is the picture again, as the model draws it; the VAE alone, encoding and decoding, keeps
+# 33 dB of a first frame.
 
 # %%
 prompts = [f"the circle moves {motion}" for motion in ("left", "right", "up", "down")]
 videos = pipe.generate(prompts, image=picture, seed=0)
-first = np.asarray(picture, np.float32)
-for made in videos:
-    error = np.mean(np.square(made.frames[0] - first))
-    print(f"{made.metadata['prompt']}: first frame {10 * np.log10(255**2 / error):.1f} dB from the picture")
-Image.fromarray(contact_sheet([made.frames for made in videos]))
+for prompt, made in zip(prompts, videos, strict=True):
+    error = np.mean(np.square(made.frames[0] - np.asarray(picture, np.float32)))
+    print(f"{prompt}: first frame {10 * np.log10(255**2 / error):.1f} dB from the picture")
+rows({prompt: made.frames for prompt, made in zip(prompts, videos, strict=True)})
 
 # %% [markdown]
 # ## Other pictures
 #
-# A shape near the edge, another one, and one that was never drawn in training: a star. The model blunts it into
-# something like a triangle or a house, and moves that down as it was told.
+# A shape near the edge, another one, and one that was never drawn in training: a star. Each row begins with the picture
+# itself. The model blunts the star into something like a triangle or a house, and moves that down as it was told.
 
 # %%
 pictures = {}
@@ -68,20 +68,24 @@ reach = np.where(np.arange(10) % 2, 11, 28)
 points = zip(64 + reach * np.cos(turn), 40 + reach * np.sin(turn), strict=True)
 ImageDraw.Draw(pictures["star"]).polygon([(float(x), float(y)) for x, y in points], fill=(44, 186, 68))
 asked = {"square": "a yellow square moving right", "triangle": "the triangle moves up", "star": "the shape moves down"}
-clips = [pipe.generate(asked[name], image=pictures[name], seed=1).frames for name in pictures]
-print("rows:", "; ".join(asked.values()))
-Image.fromarray(contact_sheet(clips))
+clips = {}
+for name, prompt in asked.items():
+    made = pipe.generate(prompt, image=pictures[name], seed=1)
+    clips[prompt] = np.stack([np.asarray(pictures[name]), *made.frames[::2]])
+rows(clips, columns=10)
 
 # %% [markdown]
 # ## Is it what was asked for?
 #
-# Freshly drawn pictures, two prompts each, read back by the oracle. `turbojax evaluate --model tiny-i2v` does this for
-# hundreds.
+# Freshly drawn pictures, two prompts each, and a program that reads colour, shape and motion back from the clips.
+# `turbojax evaluate --model tiny-i2v` does this for hundreds.
 
 # %%
 from turbojax.train.i2v_evaluate import evaluate, summarise, wanted
 
 scores = [found for found, _ in evaluate(pipe, wanted(8))]
 summary = summarise(scores)
-for name in ("clips", "first_frame", "colour", "shape", "motion", "motion_interval"):
-    print(f"{name:16} {summary[name]}")
+for name in ("colour", "shape", "motion"):
+    low, high = summary[f"{name}_interval"]
+    print(f"{name:7} right in {summary[name]:.0%} [{low:.0%}, {high:.0%}] of {summary['clips']} clips")
+print(f"first frame {summary['first_frame']:.1f} dB from the picture")
