@@ -202,4 +202,4 @@ def describe(rows: Sequence[Row], reference: Sequence[Row] | None = None) -> dic
             columns["diversity"] = f"{diversity(rows):.2f}"
     if reference is not None:
         columns["agreement, dB"] = with_bootstrap([r["psnr"] for r in rows]) if "psnr" in rows[0] else "-"
-    return columns | {"DiT s/clip": round(seconds(rows), 3), "VAE s/clip": round(seconds(rows, "vae"), 3)}
+    return columns | {"DiT s/clip": round(seconds(rows), 4), "VAE s/clip": round(seconds(rows, "vae"), 3)}

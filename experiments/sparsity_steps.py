@@ -1,6 +1,6 @@
 """Sparsity and steps: how few key blocks and how few steps still give the clip that was asked for?
 
-    python -m experiments.sparsity_steps                                   (16 minutes on one busy core)
+    python -m experiments.sparsity_steps                                   (8 minutes on two cores)
     python -m experiments.sparsity_steps --steps 2,4 --topk 0.1,0.5 --clips 96 --out runs/mine
 
 Every cell makes the same clips (prompt and seed) with one top-k and one number of steps. "All right" is colour, shape
@@ -8,14 +8,15 @@ and motion together; fit is the PSNR of a clip against the ideal clip of what it
 the clip of the same seed and steps at the largest top-k, so it isolates what sparsity changes.
 
 What came out (the shipped student, 48 clips a cell): three quarters of the key blocks can go. At top-k 0.25, which the
-student was trained with, and at 0.5 nothing is lost that 48 clips could show: fit changes by 0.2 dB or less at every
-number of steps, with intervals from -0.8 to +0.5. It is another clip than the one of all keys (at 0.25 they agree to
-22 dB), but as good a one. At 0.1 it breaks: 1.8 to 2.7 dB, and 13 to 38 points fewer clips that are all right. Below
+student was trained with, and at 0.5 nothing is lost that 48 clips could show: fit changes by 0.3 dB or less at every
+number of steps, with intervals from -0.8 to +0.6. It is another clip than the one of all keys (at 0.25 they agree to
+22 dB), but as good a one. At 0.1 it breaks: 1.8 to 2.7 dB, and 15 to 40 points fewer clips that are all right. Below
 that most clips are wrong, and more steps do not mend it: with a single block of keys fit is 16 dB in one step and 12 in
 four. Steps count for as much: at top-k 0.25 one step gets 67% of the clips all right and two 88%, with 2.6 dB more; the
 third adds 1.0 dB, the fourth 0.3 [0.2, 0.4]. Diversity falls as attention sees more, from 1.1 at a tenth of the keys to
-0.7 at all of them: part of what looks like variety is error. A quarter of the keys takes two thirds of
-the DiT's time; other work ran beside, so times are good to about a third (the VAE's, the same work in every cell, say).
+0.7 at all of them: part of what looks like variety is error. In four steps a quarter of the keys takes two thirds of
+the DiT's time, in one step nine tenths; the VAE takes ten times the DiT's at four steps, and more at fewer (two quiet
+cores, batches of 8).
 """
 
 from __future__ import annotations
