@@ -39,7 +39,7 @@ from pallas_kernels import _hopper as hw
 from pallas_kernels import _hopper_quantize as quantize
 from pallas_kernels._hopper_linear import FEATURE_MAPS
 from pallas_kernels._quantize_qkv import rotate, value_scale
-from pallas_kernels.sparse_linear_attention import DENOMINATOR_EPS
+from pallas_kernels.linear_attention import DENOMINATOR_EPS
 
 LOG2_E4M3_MAX = 8.807354922057604
 WARPGROUPS = 2

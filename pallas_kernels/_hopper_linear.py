@@ -35,7 +35,7 @@ def _softmax(x):
     return e * hw.per_row(1.0 / e.sum(axis=1), e)
 
 
-# As sparse_linear_attention.FEATURE_MAPS, of a float32 tile whose rows are tokens.
+# As linear_attention.FEATURE_MAPS, of a float32 tile whose rows are tokens.
 FEATURE_MAPS: dict[str, Callable] = {
     "softmax": _softmax,
     "elu": lambda x: jnp.where(x > 0, x + 1.0, jnp.exp2(x * hw.LOG2E)),

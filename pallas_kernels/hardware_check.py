@@ -227,7 +227,7 @@ def _milliseconds(run: Callable[[], jax.Array], repeats: int = 10) -> float:
 def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Callable[[], float]]:
     """Name -> a function that returns milliseconds. "kernel" is the kernel alone, on operands made before."""
     from pallas_kernels import _hopper_attention as hopper
-    from pallas_kernels.sparse_linear_attention import linear_attention
+    from pallas_kernels.linear_attention import linear_attention
 
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (1, length, heads, dim), jnp.bfloat16) for key in keys)

@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_kernels import _hopper_linear, _hopper_quantize
 from pallas_kernels._heads import heads_first
 from pallas_kernels._quantize_qkv import quantize_query_key, quantize_value, rotate, value_scale
-from pallas_kernels.sparse_linear_attention import FEATURE_MAPS
+from pallas_kernels.linear_attention import FEATURE_MAPS
 
 LENGTHS = [(136, 64), pytest.param((200, 128), marks=pytest.mark.slow)]
 
