@@ -1,6 +1,6 @@
 """The acceleration ladder: what does each part of TurboDiffusion add, in time and in quality?
 
-    python -m experiments.ladder --clips 24 --batch-size 1                 (4 minutes on two cores)
+    python -m experiments.ladder --clips 24                                (4 minutes on two cores)
     python -m experiments.ladder --model DIR-STUDENT --teacher DIR-TEACHER
 
 From the many-step teacher with guidance, parts are added one after the other: sparse-linear attention (SLA; the
@@ -8,7 +8,7 @@ teacher was not tuned for it), its low-bit form (Sage), W8A8 linear layers with 
 (the student: few steps, no guidance, tuned for all of it). Below the ladder, each part alone. On a CPU the INT8 and
 FP8 formats are emulated: their rungs show quality, not the speed that they have on a GPU.
 
-What came out (two quiet CPU cores, `--clips 24 --batch-size 1`: clip by clip, as `generate` makes them): what pays on a
+What came out (two quiet CPU cores, `--clips 24`: clip by clip, as `generate` makes them): what pays on a
 CPU is steps. The student's four unguided steps take 0.030 s a clip where the teacher's 50 guided ones take 0.61, 20
 times less, and 24 clips show no loss (+0.4 dB [-0.6, 1.2]). The other parts only cost time here, since the formats are
 emulated: sparsity 1%, its low-bit form 10% more, of which W8A8 wins back 4, the fused norms nothing; Sage on all keys
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.option("teacher", "tiny-teacher", "tiny-teacher", "the many-step model")
     command.option("steps", 50, 6, "steps of the teacher")
     command.option("clips", 48, 4, "clips of each rung")
-    command.option("batch_size", 8, 2, "clips made at once")
+    command.option("batch_size", 1, 1, "clips made at once; `turbojax generate` makes one")
     args = command.parse(argv)
     student = Clips(args.out, args.model, clips=args.clips, batch_size=args.batch_size)
     teacher = Clips(args.out, args.teacher, clips=args.clips, batch_size=args.batch_size)
