@@ -15,8 +15,6 @@ COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="turbojax-tests-")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# Small shapes compile for longer than they run: half of the time goes into optimising code that runs once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -35,6 +33,13 @@ from turbojax.host_memory import keep_freed_memory  # noqa: E402
 keep_freed_memory()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Small shapes compile for longer than they run: half of the time goes into optimising code that runs once. The
+    # slow suite runs what XLA makes for users.
+    if "not slow" in config.getoption("markexpr"):
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
 def pytest_unconfigure() -> None:
     if COMPILED is not None:
         shutil.rmtree(COMPILED, ignore_errors=True)
@@ -50,12 +55,6 @@ def compilation_cache_as_it_was() -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-
-
-@pytest.fixture
-def as_users_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what processes of its own compile for a GPU: registers and memory as users will have them."""
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 @pytest.fixture

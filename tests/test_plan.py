@@ -121,7 +121,7 @@ def test_devices_are_the_targets_that_compile():
 
 
 @pytest.mark.slow
-def test_the_compiled_plan_of_a_real_model(as_users_compile):
+def test_the_compiled_plan_of_a_real_model():
     """1.3B at 480p: the weights are those of the modules, and every program was measured."""
     found = plan("wan2.1-t2v-1.3b", "h100", quant="w8a8", frames=5)
     assert [part.name for part in found.parts] == ["text encoder", "dit sampler", "vae decoder"]

@@ -27,7 +27,7 @@ COMPILED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "source"), COMPILED)
-def test_compiles_within_its_budget(target, source, as_users_compile):
+def test_compiles_within_its_budget(target, source):
     reports = aot.compile_cases(target, source)
     assert [report.case for report in reports] == budgets.cases_of(source, target)
     assert not [fault for report in reports for fault in budgets.faults(report)]
@@ -35,7 +35,7 @@ def test_compiles_within_its_budget(target, source, as_users_compile):
 
 
 @pytest.mark.slow
-def test_the_xla_path_holds_no_whole_product(as_users_compile):
+def test_the_xla_path_holds_no_whole_product():
     """A chunk of INT32 sums, 64 MiB, or in tiles the weights in tile order, 13 MiB, and small change: not 1.2 GB."""
     for report in aot.compile_cases("h100", "pallas_kernels.cases_linear:memory_cases"):
         assert report.error is None
@@ -43,7 +43,7 @@ def test_the_xla_path_holds_no_whole_product(as_users_compile):
 
 
 @pytest.mark.slow
-def test_a_kernel_that_spills_is_caught(as_users_compile):
+def test_a_kernel_that_spills_is_caught():
     """The harness must be able to see what it looks for: a sum of 256 x 256 cannot fit a warpgroup's registers."""
     (report,) = aot.compile_cases("h100", "tests.pallas_kernels.test_compile:spilling_case")
     assert any("spills" in fault for fault in budgets.faults(report))
