@@ -133,48 +133,6 @@ def _launch(body, name, inputs, outputs, scratch, grid, interpret, threads, exac
     return kernel(*inputs.values())
 
 
-TURN = 5
-"""First of two named barriers, one for each warpgroup's turn. Mosaic GPU takes 0 and 1 + warpgroup of the 16."""
-
-
-def _named_barrier(op: str, index: jax.Array) -> None:
-    """PTX bar.sync or bar.arrive of two warpgroups: on an mbarrier each of the 256 threads would arrive by itself."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def bar(_, index):
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, [index.registers.item()], f"bar.{op} $0, 256;", "r", has_side_effects=True)
-
-    bar(index)  # pyright: ignore[reportCallIssue]  (the decorator binds the context)
-
-
-# Two warpgroups take turns at the tensor cores: each multiplies while the other is at its softmax. Left to
-# themselves they fall into step, and then both units idle in turn. Order alone: results do not depend on it, so
-# the interpreter, which has no named barriers, leaves it out.
-
-
-def first_turn(wg: jax.Array, interpret: bool) -> None:
-    """Called once by both before their loops: warpgroup 0 goes first."""
-    if not interpret:
-        pl.when(wg == 1)(lambda: _named_barrier("arrive", jnp.int32(TURN)))
-
-
-def take_turn(wg: jax.Array, interpret: bool) -> None:
-    if not interpret:
-        _named_barrier("sync", TURN + wg)
-
-
-def pass_turn(wg: jax.Array, interpret: bool) -> None:
-    if not interpret:
-        _named_barrier("arrive", TURN + 1 - wg)
-
-
-def last_turn(wg: jax.Array, interpret: bool) -> None:
-    """Called once by both after as many turns each: takes up the turn that was passed last."""
-    if not interpret:
-        pl.when(wg == 0)(lambda: _named_barrier("sync", jnp.int32(TURN)))
-
-
 def to_fp8(p: jax.Array, stage):
     """float32 accumulator tile [m, n] to an e4m3 left operand, its columns in FP8_ORDER.
 

@@ -41,7 +41,8 @@ from pallas_kernels import _hopper as hw
 from pallas_kernels import _portable_mma as pm
 from pallas_kernels import _portable_quantize as quantize
 from pallas_kernels._heads import heads_first
-from pallas_kernels._hopper_attention import LOG2_E4M3_MAX, _pad_axis, tail_first
+from pallas_kernels._hopper_attention import _pad_axis, tail_first
+from pallas_kernels._hopper_attention_kernel import LOG2_E4M3_MAX
 from pallas_kernels._quantize_qkv import quantize_value
 from pallas_kernels.dispatch import gpu_arch
 from pallas_kernels.tuning import tiles

@@ -46,7 +46,8 @@ def block_sparse_attention(
         quantized: INT8 scores and FP8 values as in `sage_attention` (scales for each block_q and block_k
             rows); has no derivative. Otherwise differentiable in q, k and v, in reverse and forward mode.
         scale: factor on the scores; None is 1 / sqrt(head_dim).
-        return_lse: also return the natural log-sum-exp of the scaled scores, float32 [B, heads, Lq].
+        return_lse: also return the natural log-sum-exp of the scaled scores, float32 [B, heads, Lq]. Quantised on
+            Hopper it is of the rounded probabilities, by which o was divided: partial results merge exactly.
             Quantised, it is that of the smoothed keys: shifted by scale * q . mean(k).
         implementation: None, "xla", "mosaic_gpu" or "interpret".
 

@@ -120,7 +120,8 @@ def test_the_hopper_kernel_agrees_in_the_interpreter(quantized, block_q, block_k
     same, same_lse = op(*args, implementation="xla")
     # P is rounded against the running maximum here, against the final one there.
     assert relative(got, same) <= (3e-2 if quantized else 5e-3)
-    np.testing.assert_allclose(lse, same_lse, atol=1e-4 if quantized else 1e-3)
+    # In INT8 the kernel sums the P that it multiplies, which e4m3 rounds by 1/16 at most.
+    np.testing.assert_allclose(lse, same_lse, atol=1 / 16 if quantized else 1e-3)
 
 
 @pytest.mark.parametrize("implementation", [None, pytest.param("interpret", marks=pytest.mark.slow)])

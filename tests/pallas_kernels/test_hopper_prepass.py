@@ -7,9 +7,11 @@ import pytest
 from attention_reference import inputs
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-from pallas_kernels import _hopper_linear, _hopper_quantize
+from pallas_kernels import _hopper_attention, _hopper_linear, _hopper_quantize
 from pallas_kernels._heads import heads_first
-from pallas_kernels._quantize_qkv import quantize_query_key, quantize_value, rotate, value_scale
+from pallas_kernels._hopper_attention import value_max
+from pallas_kernels._quantize_qkv import E4M3_MAX, quantize_query_key, quantize_value, rotate, value_scale
+from pallas_kernels._refusals import BLOCKS
 from pallas_kernels.linear_attention import FEATURE_MAPS
 
 LENGTHS = [(136, 64), pytest.param((200, 128), marks=pytest.mark.slow)]
@@ -77,3 +79,26 @@ def test_the_sums_over_the_keys(feature_map):
     padded = np.pad(k, ((0, 0), (0, -length % _hopper_linear.BLOCK), (0, 0)))
     want = padded.reshape(1, -1, _hopper_linear.BLOCK, dim).sum(axis=2)
     np.testing.assert_allclose(k_sums, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", sorted({block_k for _, block_k in BLOCKS}))
+def test_a_step_of_the_largest_values_stays_in_float16(keys):
+    """P is at most 448, and Hopper's kernel sums P V and P over the keys of a step in float16."""
+    largest, half = value_max(keys), np.finfo(np.float16).max
+    assert E4M3_MAX * largest * keys <= half
+    assert E4M3_MAX * keys <= half
+    # Then the numbers are those of 448, shifted.
+    assert np.frexp(largest / E4M3_MAX)[0] == 0.5
+
+
+def test_values_fill_the_range_that_float16_leaves_them():
+    q, k, v = operands(136, 64)
+    block_q, block_k = BLOCKS[-1]
+    sizes = {"block_q": block_q, "block_k": block_k}
+    *_, vt8, v_scale, _ = _hopper_attention.sage_operands(
+        q, k, v, None, scale=1.0, smooth_k=True, interpret=True, **sizes
+    )
+    found = np.abs(np.asarray(vt8, np.float32)).max(axis=-1)
+    np.testing.assert_array_equal(found, value_max(block_k))
+    channels = np.abs(np.asarray(v[0, :, 0], np.float32)).max(axis=0)
+    np.testing.assert_allclose(found[0] * v_scale[0], channels, rtol=1e-6)

@@ -100,6 +100,8 @@ def test_what_does_not_fit_is_named(w, feature_map, message):
     ("length", "dim", "blocks", "quantized", "feature_map"),
     [
         (130, 64, (64, 128), False, "softmax"),
+        # Private rings of 128 keys beside the linear branch's matrix: of one slot each.
+        (700, 128, (64, 128), False, "softmax"),
         pytest.param(200, 128, (128, 64), False, "softmax", marks=pytest.mark.slow),
         pytest.param(200, 128, (128, 64), True, "softmax", marks=pytest.mark.slow),
         pytest.param(130, 64, (64, 64), True, "elu", marks=pytest.mark.slow),

@@ -1,0 +1,399 @@
+"""The Hopper (sm_90a) attention kernel, INT8/FP8 or 16-bit: dense, or over a list of key blocks for each block of
+queries. What it reads, and how it is called: `_hopper_attention`.
+
+A block of three warpgroups: two multiply, 64 query rows each, a third streams K and V through a ring of shared
+memory by TMA. Lists for 128 query rows are shared by the two (one ring); lists for 64 rows are private (two rings).
+
+    S  = Q8 K8^T               wgmma s32 <- s8 x s8, both K-major in shared memory
+    P  = 448 exp2(S sq sk - m)  in float32; m is the running maximum, never left out
+    O  = O alpha + P8 [V8, 1]  wgmma f16 <- e4m3 x e4m3, P from registers, V^T K-major
+
+Scores run a step ahead: Q K(i)^T goes to the tensor cores with P(i-1) V(i-1), so K of a step lies in one slot of the
+ring with V of the step before. The maximum of S is taken while P V is still multiplied, and P while what P V gave is
+added to O.
+
+Each product P8 V8 starts from zero in float16, half the registers of float32 (without which the two products would
+not fit), and is added in float32; `value_max` keeps it in range. Eight more rows of V^T, all ones, make it sum P as
+well: 64 additions of 570 instructions less, and O is normalised by the P that it was made from.
+
+In 16 bits Q, K, V and P stay bfloat16 or float16, without scales and with V as it is, and P V is added to O where it
+lies, which leaves registers for 128 keys a step: of blocks of 64 two, where both warpgroups follow one list.
+
+With a linear branch the output gets f(q) times its matrix at the end, f(q) from the tile of Q.
+
+Roofline on H100 (1,979 TOPS in INT8 and FP8, 16 exp2 a cycle and SM at 1.755 GHz, 3.35 TB/s), head_dim 128:
+    32,760 tokens, 12 heads    6.6 TOP: 3.3 ms of wgmma    1.3e10 exp2: 3.5 ms    0.25 GB: 0.08 ms
+    75,600 tokens, 40 heads    117 TOP: 59 ms              2.3e11 exp2: 62 ms     1.9 GB: 0.6 ms
+Block lists at top-k 0.1 take a tenth. wgmma, exp2 and the schedulers (505 instructions a warp for 64 x 128 scores)
+bound it alike. Reached: docs/h100.md; what was tried: docs/h100_attempts.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _hopper as hw
+from pallas_kernels._hopper_linear import FEATURE_MAPS
+from pallas_kernels.linear_attention import DENOMINATOR_EPS
+
+LOG2_E4M3_MAX = 8.807354922057604
+WARPGROUPS = 2
+TILE_Q = WARPGROUPS * hw.ROWS
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+"""A block has what it was started with, 3 times 168: with a sum above 504 the last warpgroup would wait for ever."""
+SUM_ROWS = 8
+"""Rows of ones under V^T in INT8: the fewest that wgmma takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTiles:
+    """block_k: keys of a block. stages: slots of a ring. shared: both warpgroups follow one list. blocks: of one step
+    and one slot, more than one in 16 bits only."""
+
+    block_k: int
+    stages: int
+    shared: bool
+    blocks: int = 1
+
+
+class LinearBranch(NamedTuple):
+    """What is added to the output: f(q) `combined` / (f(q) . f_sum + eps) + bias, f being `feature_map`.
+
+    q: the queries [b, lq, h, d] where the kernel has INT8 ones, else None. combined: f(k)^T v and the projection
+    multiplied, [n, d, d] in q's dtype. f_sum: float32 [n, d], sum of f(k). bias: float32 [d].
+    """
+
+    q: jax.Array | None
+    combined: jax.Array
+    f_sum: jax.Array
+    bias: jax.Array
+    feature_map: str
+
+
+def hopper_attention(
+    q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: AttentionTiles, interpret,
+    linear: LinearBranch | None = None,
+):  # fmt: skip
+    """Attention of INT8 queries [n, tiles * 128, d], or of q in dtype as the model has it (then all scales are None).
+
+    k [n, blocks * block_k, d] and v [n, d, blocks * block_k] e4m3, columns in `hw.FP8_ORDER`; or in dtype q
+        [b, lq, h, d], k and v [b, lk, h, d], up to TMA_ROWS.
+    q_scale [n, tiles * 2]: of each 64 rows, times the softmax scale and log2(e).
+    scale: the softmax scale times log2(e) in 16 bits, None if q_scale holds it.
+    index int32 [n, lists, steps]: blocks in the order of the steps, the ragged last one (if there) first. None:
+        all blocks, from the last to the first. lists is tiles if config.shared, else 2 * tiles.
+    k_scale [n, lists, steps], or [n, blocks] when index is None. v_scale [n, d].
+    shape: of the output, [b, lq, h, d]; lk: true number of keys. linear: what to add to it, or None.
+
+    Returns (output in dtype, log2-sum-exp2 of the scaled scores [n, tiles * 128] float32).
+    """
+    quantized = q.dtype == jnp.int8
+    offset = LOG2_E4M3_MAX if quantized else 0.0
+    batches, rows, heads, dim = shape
+    n, tiles = batches * heads, -(-rows // TILE_Q)
+    bk, stages, parts = config.block_k, config.stages, config.blocks
+    width = parts * bk  # keys of a step
+    blocks = -(-lk // bk)
+    listed = blocks if index is None else index.shape[2]
+    steps = -(-listed // parts)
+    # Of the first step so many blocks are there only to fill it: copies of the first block, masked.
+    filling = steps * parts - listed
+    rings = 1 if config.shared else WARPGROUPS
+    tail = lk - (blocks - 1) * bk  # keys of the last block
+    ones = SUM_ROWS if quantized else 0
+    score_dtype = jnp.int32 if quantized else jnp.float32
+    # The interpreter multiplies no e4m3 into float16.
+    sum_dtype = jnp.float16 if quantized and not interpret else jnp.float32
+
+    def body(ref):
+        head, tile, wg = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("wg")
+        batch, h = head // heads, head % heads
+
+        def rows_of(name, rows):
+            return ref[name].at[head, rows] if quantized else ref[name].at[batch, rows, h]
+
+        def block(row, i):
+            return (blocks - 1) - i if index is None else ref["index"][head, row, i]
+
+        def entries(i):
+            """Where in the list the blocks of step i stand."""
+            return [jnp.clip(i * parts + part - filling, 0, listed - 1) for part in range(parts)]
+
+        q_smem = ref["q_smem" if quantized else "tile_smem"]
+
+        def produce(ring):
+            row = tile * rings + ring
+            if ring == 0 and linear is not None:
+                plgpu.copy_gmem_to_smem(ref["combined"].at[head], ref["combined_smem"], ref["combined_full"])
+
+            def blocks_of(i):
+                return tuple(block(row, entry) for entry in entries(i))
+
+            def slot_part(memory, part):
+                return memory if parts == 1 else memory.at[pl.ds(part * bk, bk)]
+
+            def load_keys(found, slot, barrier):
+                for part, j in enumerate(found):
+                    k_block = rows_of("k", pl.ds(j * bk, bk))
+                    plgpu.copy_gmem_to_smem(k_block, slot_part(ref["k_smem"].at[ring, slot], part), barrier)
+
+            def load_values(found, slot, barrier):
+                if quantized:
+                    v_block = ref["v"].at[head, :, pl.ds(found[0] * bk, bk)]
+                    plgpu.copy_gmem_to_smem(v_block, ref["v_smem"].at[ring, slot, pl.ds(0, dim)], barrier)
+                    return
+                for part, j in enumerate(found):
+                    v_block = rows_of("v", pl.ds(j * bk, bk))
+                    plgpu.copy_gmem_to_smem(v_block, slot_part(ref["v_smem"].at[ring, slot], part), barrier)
+
+            def free(i):
+                bar = ring * stages + lax.rem(i, stages)
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(ref["empty"].at[bar]))
+
+            def load(i, found):
+                """K of step i and V of the step before it, together: so they are multiplied."""
+                slot = lax.rem(i, stages)
+                before, now = found
+                ahead = blocks_of(i + 1)
+                free(i)
+                load_keys(now, slot, ref["full"].at[ring * stages + slot])
+                load_values(before, slot, ref["full"].at[ring * stages + slot])
+                return now, ahead
+
+            for slot in range(stages if quantized else 0):
+                below = ref["v_smem"].at[ring, slot, pl.ds(dim, ones)]
+                plgpu.copy_gmem_to_smem(ref["ones"], below, ref["first_full"].at[ring])
+            now = blocks_of(jnp.int32(0))
+            load_keys(now, 0, ref["first_full"].at[ring])
+            before, _ = lax.fori_loop(1, steps, load, (now, blocks_of(jnp.int32(1))))
+            free(jnp.int32(steps))
+            load_values(before, steps % stages, ref["last_full"].at[ring])
+
+            # Stay until every slot was read: a warpgroup must not leave while another one still multiplies.
+            @pl.loop(max(0, steps + 1 - stages), steps + 1)
+            def _(i):
+                plgpu.barrier_wait(ref["empty"].at[ring * stages + lax.rem(i, stages)])
+
+        def consume():
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            ring = 0 if config.shared else wg
+            row = tile if config.shared else tile * WARPGROUPS + wg
+            first = tile * TILE_Q + wg * hw.ROWS
+            rows = pl.ds(first, hw.ROWS)
+            plgpu.copy_gmem_to_smem(rows_of("q", rows), q_smem.at[wg], ref["q_full"].at[wg])
+            if quantized and linear is not None:
+                plgpu.copy_gmem_to_smem(
+                    ref["raw_q"].at[batch, rows, h], ref["tile_smem"].at[wg], ref["raw_full"].at[wg]
+                )
+            q_scale = ref["q_scale"][head, tile * WARPGROUPS + wg] if quantized else None
+
+            def scale_of(i):
+                if not quantized:
+                    return jnp.float32(scale)
+                i = jnp.minimum(i, steps - 1)
+                k_scale = ref["k_scale"]
+                return q_scale * (k_scale[head, block(row, i)] if index is None else k_scale[head, row, i])
+
+            # In 16 bits on hardware P V is added to what was summed before where that lies; elsewhere it starts from
+            # zero: see the head of this file for FP8, and the interpreter cannot start from anything else.
+            in_place = not quantized and not interpret
+            stage = ref["p_smem"].at[wg] if interpret else None
+            # The next slot is awaited while this one is read: a ring of one would wait for ever.
+            overlapped = stages > 1
+
+            scores_ref = plgpu.WGMMAAccumulatorRef((hw.ROWS, width), score_dtype)
+            sums_ref = plgpu.WGMMAAccumulatorRef((hw.ROWS, dim + ones), sum_dtype)
+
+            def multiply_keys(s, slot):
+                plgpu.wgmma(s, q_smem.at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)))
+
+            def multiply_values(pv, p, acc, slot):
+                if in_place:
+                    pv[...] = acc
+                v = ref["v_smem"].at[ring, slot]
+                plgpu.wgmma(pv, stage if interpret else p, v.transpose((1, 0)) if quantized else v)
+
+            def slot_read(slot):
+                plgpu.barrier_arrive(ref["empty"].at[ring * stages + slot])
+
+            # Reading an accumulator waits for the tensor cores, but nothing ties the registers to that wait: hence
+            # the optimization barriers (see `hw.product`).
+
+            def maximum(s, factor, m):
+                """Scores in float32, the factor on what was summed before, the new maximum."""
+                s = s.astype(jnp.float32)
+                new_m = jnp.maximum(m, s.max(axis=1) * factor)
+                return s, jnp.exp2(m - new_m), new_m
+
+            def probabilities(s, factor, m):
+                """The operand P of the next product and the sum of its rows, where the product does not give it."""
+                p = jnp.exp2(s * factor - hw.per_row(m - offset, s))
+                total: Any = () if quantized else p.sum(axis=1)
+                p = hw.to_fp8(p, stage) if quantized else hw.to_16bit(p, dtype, stage)
+                return () if interpret else p, total
+
+            def add(acc, alpha, pv):
+                return pv if in_place else acc * hw.per_row(alpha, acc) + pv.astype(jnp.float32)
+
+            def first_step():
+                plgpu.barrier_wait(ref["first_full"].at[ring])
+
+                def run(s):
+                    multiply_keys(s, 0)
+                    return s[...]
+
+                s = lax.optimization_barrier(pl.run_scoped(run, scores_ref)).astype(jnp.float32)
+                slot_read(0)
+                if tail < bk or filling:  # the ragged block, where a list has it, is its first
+                    valid = jnp.where(block(row, 0) == blocks - 1, tail, bk)
+                    column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=hw.PER_COLUMN)
+                    key = hw.per_column(column, s) - filling * bk
+                    first_block = jnp.where(key < valid, s, -jnp.inf)
+                    s = jnp.where(key < bk, first_block, s)
+                    if filling:
+                        s = jnp.where(key >= 0, s, -jnp.inf)
+                factor = scale_of(0)
+                m = s.max(axis=1) * factor
+                return m, *probabilities(s, factor, m)
+
+            def step(i, ahead_full, carry):
+                """Q K of step i with P V of the step before. ahead_full: barrier of what the next multiplies."""
+                acc, m, total, p, alpha, factor = carry
+                ahead = scale_of(i + 1)  # the load is in flight during this step
+                slot = lax.rem(i, stages)
+
+                def run(s, pv):
+                    multiply_keys(s, slot)
+                    multiply_values(pv, p, acc, slot)
+                    if not overlapped:
+                        return s[...], pv[...]
+                    s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=1))
+                    found = lax.optimization_barrier(maximum(s, factor, m))
+                    # A branch: without one ptxas moves the wait for P V in front of the maximum.
+                    plgpu.barrier_wait(ahead_full)
+                    return found, pv[...]
+
+                found, pv = lax.optimization_barrier(pl.run_scoped(run, scores_ref, sums_ref))
+                slot_read(slot)
+                s, new_alpha, new_m = found if overlapped else maximum(found, factor, m)
+                acc = add(acc, alpha, pv)
+                p, rows_sum = probabilities(s, factor, new_m)
+                if in_place:
+                    acc = acc * hw.per_row(new_alpha, acc)
+                if not quantized:
+                    total = total * new_alpha + rows_sum
+                if not overlapped:
+                    plgpu.barrier_wait(ahead_full)
+                return acc, new_m, total, p, new_alpha, ahead
+
+            def last_product(acc, p, alpha):
+                def run(pv):
+                    multiply_values(pv, p, acc, steps % stages)
+                    return pv[...]
+
+                return add(acc, alpha, lax.optimization_barrier(pl.run_scoped(run, sums_ref)))
+
+            def full_of(i):
+                return ref["full"].at[ring * stages + lax.rem(i, stages)]
+
+            last_full = ref["last_full"].at[ring]
+            plgpu.barrier_wait(ref["q_full"].at[wg])
+            m, p, total = first_step()
+            alpha = hw.full((hw.ROWS,), 1.0, hw.PER_ROW)
+            carry = (hw.full((hw.ROWS, dim + ones), 0.0, hw.TILE), m, total, p, alpha, scale_of(1))
+            plgpu.barrier_wait(full_of(jnp.int32(1)) if steps > 1 else last_full)
+            if steps > 1:
+                carry = lax.fori_loop(1, steps - 1, lambda i, carry: step(i, full_of(i + 1), carry), carry)
+                carry = step(jnp.int32(steps - 1), last_full, carry)
+            total: Any
+            acc, m, total, p, alpha, _ = carry
+            acc = last_product(acc, p, alpha)
+            slot_read(steps % stages)
+            if quantized:
+                acc, total = acc[:, :dim], acc[:, dim:].max(axis=1)
+
+            def linear_branch(feature_map):
+                """Its products and the output go where the queries were: nothing reads them any more."""
+                tile = ref["tile_smem"].at[wg]
+                if quantized:
+                    plgpu.barrier_wait(ref["raw_full"].at[wg])
+                f = FEATURE_MAPS[feature_map](plgpu.load(tile, layout=hw.TILE).astype(jnp.float32))
+                f = f.astype(dtype).astype(jnp.float32)
+                f_sum = plgpu.load(ref["f_sum"].at[head], layout=hw.PER_COLUMN, optimized=False)
+                norm = (f * hw.per_column(f_sum, f)).sum(axis=1) + DENOMINATOR_EPS
+                operand = hw.to_16bit(f, dtype, tile if interpret else None)
+                plgpu.barrier_wait(ref["combined_full"])
+                product = hw.product(operand, ref["combined_smem"], (hw.ROWS, dim))
+                bias = plgpu.load(ref["bias"], layout=hw.PER_COLUMN, optimized=False)
+                return product * hw.per_row(1.0 / norm, product) + hw.per_column(bias, product)
+
+            acc = acc * hw.per_row(1.0 / total, acc)
+            if quantized:
+                v_scale = plgpu.load(ref["v_scale"].at[head], layout=hw.PER_COLUMN, optimized=False)
+                acc = acc * hw.per_column(v_scale, acc)
+            if linear is not None:
+                acc = acc + linear_branch(linear.feature_map)
+            ref["tile_smem"].at[wg][...] = acc.astype(dtype)
+            ref["lse_smem"].at[wg][...] = m + jnp.log2(total) - offset
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(ref["tile_smem"].at[wg], ref["out"].at[batch, pl.ds(first, hw.ROWS), h])
+            plgpu.copy_smem_to_gmem(ref["lse_smem"].at[wg], ref["lse"].at[head, pl.ds(first, hw.ROWS)])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(wg < WARPGROUPS)(consume)
+
+        @pl.when(wg == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            if rings == 1:
+                produce(0)
+            else:
+
+                @plgpu.warp_map
+                def _(warp):
+                    for ring in range(rings):
+                        pl.when(warp == ring)(functools.partial(produce, ring))
+
+    inputs = {"q": q, "q_scale": q_scale, "k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale, "index": index}
+    if linear is not None:
+        inputs |= {"raw_q": linear.q, "combined": linear.combined, "f_sum": linear.f_sum, "bias": linear.bias}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    if quantized:
+        inputs["ones"] = jnp.ones((ones, width), v.dtype)
+    slots = rings * stages
+    scratch = {
+        "k_smem": plgpu.SMEM((rings, stages, width, dim), k.dtype),
+        "v_smem": plgpu.SMEM((rings, stages, *((dim + ones, width) if quantized else (width, dim))), v.dtype),
+        "tile_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), dtype),
+        "lse_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS), jnp.float32),
+        "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
+        "first_full": plgpu.Barrier(num_arrivals=parts + (stages if quantized else 0), num_barriers=rings),
+        "full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=slots),
+        "last_full": plgpu.Barrier(num_arrivals=parts, num_barriers=rings),
+        "empty": plgpu.Barrier(num_arrivals=WARPGROUPS // rings, num_barriers=slots),
+    }
+    if quantized:
+        scratch["q_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), q.dtype)
+    if linear is not None:
+        scratch["combined_smem"] = plgpu.SMEM((dim, dim), dtype)
+        scratch["combined_full"] = plgpu.Barrier()
+        if quantized:
+            scratch["raw_full"] = plgpu.Barrier(num_barriers=WARPGROUPS)
+    if interpret:
+        scratch["p_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, width), v.dtype)
+    outputs = {
+        "out": jax.ShapeDtypeStruct(shape, dtype),
+        "lse": jax.ShapeDtypeStruct((n, tiles * TILE_Q), jnp.float32),
+    }
+    name = ("sage" if quantized else "attention") + ("_dense" if index is None else "_sparse")
+    return hw.by_tiles(
+        body, name, inputs, outputs, scratch, grid=(n, tiles), warpgroups=WARPGROUPS, interpret=interpret
+    )
