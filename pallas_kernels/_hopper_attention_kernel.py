@@ -78,6 +78,319 @@ class LinearBranch(NamedTuple):
     feature_map: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is fixed when a kernel is made: loader and multipliers read it alike.
+
+    listed: blocks of a list; dense: there are no lists. lk: true number of keys. scale: None if q_scale holds it.
+    """
+
+    quantized: bool
+    dense: bool
+    dim: int
+    dtype: Any
+    lk: int
+    listed: int
+    scale: float | None
+    config: AttentionTiles
+    interpret: bool
+
+    @property
+    def width(self) -> int:
+        """Keys of a step."""
+        return self.config.blocks * self.config.block_k
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.lk // self.config.block_k)
+
+    @property
+    def tail(self) -> int:
+        """Keys of the last block."""
+        return self.lk - (self.blocks - 1) * self.config.block_k
+
+    @property
+    def steps(self) -> int:
+        return -(-self.listed // self.config.blocks)
+
+    @property
+    def filling(self) -> int:
+        """Of the first step so many blocks are there only to fill it: copies of the first block, masked."""
+        return self.steps * self.config.blocks - self.listed
+
+    @property
+    def rings(self) -> int:
+        return 1 if self.config.shared else WARPGROUPS
+
+    @property
+    def offset(self) -> float:
+        """log2 of what P is multiplied by."""
+        return LOG2_E4M3_MAX if self.quantized else 0.0
+
+    @property
+    def sum_rows(self) -> int:
+        return SUM_ROWS if self.quantized else 0
+
+
+class Place(NamedTuple):
+    """Where a warpgroup is: head counts those of all batches, h those of one; tile is of TILE_Q queries."""
+
+    head: jax.Array
+    batch: jax.Array
+    h: jax.Array
+    tile: jax.Array
+    wg: jax.Array
+
+    @property
+    def queries(self) -> jax.Array:
+        """The first of this warpgroup's."""
+        return self.tile * TILE_Q + self.wg * hw.ROWS
+
+
+def _rows_of(call: Call, ref, at: Place, name: str, rows):
+    return ref[name].at[at.head, rows] if call.quantized else ref[name].at[at.batch, rows, at.h]
+
+
+def _block(call: Call, ref, at: Place, row, i):
+    """The i-th block of a list."""
+    return (call.blocks - 1) - i if call.dense else ref["index"][at.head, row, i]
+
+
+def _load(call: Call, ref, at: Place, ring: int):
+    """Sends for what one ring's warpgroups multiply. K of a step and V of the one before lie in one slot."""
+    bk, stages, parts = call.config.block_k, call.config.stages, call.config.blocks
+    steps, first_full = call.steps, ref["first_full"].at[ring]
+    row = at.tile * call.rings + ring
+    if ring == 0 and "combined" in ref:
+        plgpu.copy_gmem_to_smem(ref["combined"].at[at.head], ref["combined_smem"], ref["combined_full"])
+
+    def blocks_of(i):
+        entries = [jnp.clip(i * parts + part - call.filling, 0, call.listed - 1) for part in range(parts)]
+        return tuple(_block(call, ref, at, row, entry) for entry in entries)
+
+    def slot_part(memory, part):
+        return memory if parts == 1 else memory.at[pl.ds(part * bk, bk)]
+
+    def load_keys(found, slot, barrier):
+        for part, j in enumerate(found):
+            k_block = _rows_of(call, ref, at, "k", pl.ds(j * bk, bk))
+            plgpu.copy_gmem_to_smem(k_block, slot_part(ref["k_smem"].at[ring, slot], part), barrier)
+
+    def load_values(found, slot, barrier):
+        if call.quantized:
+            v_block = ref["v"].at[at.head, :, pl.ds(found[0] * bk, bk)]
+            plgpu.copy_gmem_to_smem(v_block, ref["v_smem"].at[ring, slot, pl.ds(0, call.dim)], barrier)
+            return
+        for part, j in enumerate(found):
+            v_block = _rows_of(call, ref, at, "v", pl.ds(j * bk, bk))
+            plgpu.copy_gmem_to_smem(v_block, slot_part(ref["v_smem"].at[ring, slot], part), barrier)
+
+    def free(i):
+        bar = ring * stages + lax.rem(i, stages)
+        pl.when(i >= stages)(lambda: plgpu.barrier_wait(ref["empty"].at[bar]))
+
+    def step(i, found):
+        slot = lax.rem(i, stages)
+        before, now = found
+        ahead = blocks_of(i + 1)
+        free(i)
+        load_keys(now, slot, ref["full"].at[ring * stages + slot])
+        load_values(before, slot, ref["full"].at[ring * stages + slot])
+        return now, ahead
+
+    for slot in range(stages if call.quantized else 0):
+        below = ref["v_smem"].at[ring, slot, pl.ds(call.dim, call.sum_rows)]
+        plgpu.copy_gmem_to_smem(ref["ones"], below, first_full)
+    now = blocks_of(jnp.int32(0))
+    load_keys(now, 0, first_full)
+    before, _ = lax.fori_loop(1, steps, step, (now, blocks_of(jnp.int32(1))))
+    free(jnp.int32(steps))
+    load_values(before, steps % stages, ref["last_full"].at[ring])
+
+    # Stay until every slot was read: a warpgroup must not leave while another one still multiplies.
+    @pl.loop(max(0, steps + 1 - stages), steps + 1)
+    def _(i):
+        plgpu.barrier_wait(ref["empty"].at[ring * stages + lax.rem(i, stages)])
+
+
+def _attend(call: Call, ref, at: Place):
+    """One warpgroup's queries against all its keys: (sums of P V [64, d], of P [64], maximum in log2 [64])."""
+    quantized, stages, steps, interpret = call.quantized, call.config.stages, call.steps, call.interpret
+    wg, bk, filling, tail = at.wg, call.config.block_k, call.filling, call.tail
+    ring = 0 if call.config.shared else wg
+    row = at.tile if call.config.shared else at.tile * WARPGROUPS + wg
+    q_smem = ref["q_smem" if quantized else "tile_smem"]
+    rows = pl.ds(at.queries, hw.ROWS)
+    plgpu.copy_gmem_to_smem(_rows_of(call, ref, at, "q", rows), q_smem.at[wg], ref["q_full"].at[wg])
+    if "raw_q" in ref:
+        raw_q = ref["raw_q"].at[at.batch, rows, at.h]
+        plgpu.copy_gmem_to_smem(raw_q, ref["tile_smem"].at[wg], ref["raw_full"].at[wg])
+    q_scale = ref["q_scale"][at.head, at.tile * WARPGROUPS + wg] if quantized else None
+
+    def scale_of(i):
+        if not quantized:
+            return jnp.float32(call.scale)
+        i = jnp.minimum(i, steps - 1)
+        place = (_block(call, ref, at, row, i),) if call.dense else (row, i)
+        return q_scale * ref["k_scale"][at.head, *place]
+
+    # In 16 bits on hardware P V is added to what was summed before where that lies; elsewhere it starts from
+    # zero: see the head of this file for FP8, and the interpreter cannot start from anything else.
+    in_place = not quantized and not interpret
+    stage = ref["p_smem"].at[wg] if interpret else None
+    # The next slot is awaited while this one is read: a ring of one would wait for ever.
+    overlapped = stages > 1
+
+    score_dtype = jnp.int32 if quantized else jnp.float32
+    # The interpreter multiplies no e4m3 into float16.
+    sum_dtype = jnp.float16 if quantized and not interpret else jnp.float32
+    scores_ref = plgpu.WGMMAAccumulatorRef((hw.ROWS, call.width), score_dtype)
+    sums_ref = plgpu.WGMMAAccumulatorRef((hw.ROWS, call.dim + call.sum_rows), sum_dtype)
+
+    def multiply_keys(s, slot):
+        plgpu.wgmma(s, q_smem.at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)))
+
+    def multiply_values(pv, p, acc, slot):
+        if in_place:
+            pv[...] = acc
+        v = ref["v_smem"].at[ring, slot]
+        plgpu.wgmma(pv, stage if interpret else p, v.transpose((1, 0)) if quantized else v)
+
+    def slot_read(slot):
+        plgpu.barrier_arrive(ref["empty"].at[ring * stages + slot])
+
+    # Reading an accumulator waits for the tensor cores, but nothing ties the registers to that wait: hence
+    # the optimization barriers (see `hw.product`).
+
+    def maximum(s, factor, m):
+        """Scores in float32, the factor on what was summed before, the new maximum."""
+        s = s.astype(jnp.float32)
+        new_m = jnp.maximum(m, s.max(axis=1) * factor)
+        return s, jnp.exp2(m - new_m), new_m
+
+    def probabilities(s, factor, m):
+        """The operand P of the next product and the sum of its rows, where the product does not give it."""
+        p = jnp.exp2(s * factor - hw.per_row(m - call.offset, s))
+        total: Any = () if quantized else p.sum(axis=1)
+        p = hw.to_fp8(p, stage) if quantized else hw.to_16bit(p, call.dtype, stage)
+        return () if interpret else p, total
+
+    def add(acc, alpha, pv):
+        return pv if in_place else acc * hw.per_row(alpha, acc) + pv.astype(jnp.float32)
+
+    def first_step():
+        plgpu.barrier_wait(ref["first_full"].at[ring])
+
+        def run(s):
+            multiply_keys(s, 0)
+            return s[...]
+
+        s = lax.optimization_barrier(pl.run_scoped(run, scores_ref)).astype(jnp.float32)
+        slot_read(0)
+        if tail < bk or filling:  # the ragged block, where a list has it, is its first
+            valid = jnp.where(_block(call, ref, at, row, 0) == call.blocks - 1, tail, bk)
+            column = plgpu.broadcasted_iota(jnp.int32, (call.width,), 0, layout=hw.PER_COLUMN)
+            key = hw.per_column(column, s) - filling * bk
+            first_block = jnp.where(key < valid, s, -jnp.inf)
+            s = jnp.where(key < bk, first_block, s)
+            if filling:
+                s = jnp.where(key >= 0, s, -jnp.inf)
+        factor = scale_of(0)
+        m = s.max(axis=1) * factor
+        return m, *probabilities(s, factor, m)
+
+    def step(i, ahead_full, carry):
+        """Q K of step i with P V of the step before. ahead_full: barrier of what the next multiplies."""
+        acc, m, total, p, alpha, factor = carry
+        ahead = scale_of(i + 1)  # the load is in flight during this step
+        slot = lax.rem(i, stages)
+
+        def run(s, pv):
+            multiply_keys(s, slot)
+            multiply_values(pv, p, acc, slot)
+            if not overlapped:
+                return s[...], pv[...]
+            s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=1))
+            found = lax.optimization_barrier(maximum(s, factor, m))
+            # A branch: without one ptxas moves the wait for P V in front of the maximum.
+            plgpu.barrier_wait(ahead_full)
+            return found, pv[...]
+
+        found, pv = lax.optimization_barrier(pl.run_scoped(run, scores_ref, sums_ref))
+        slot_read(slot)
+        s, new_alpha, new_m = found if overlapped else maximum(found, factor, m)
+        acc = add(acc, alpha, pv)
+        p, rows_sum = probabilities(s, factor, new_m)
+        if in_place:
+            acc = acc * hw.per_row(new_alpha, acc)
+        if not quantized:
+            total = total * new_alpha + rows_sum
+        if not overlapped:
+            plgpu.barrier_wait(ahead_full)
+        return acc, new_m, total, p, new_alpha, ahead
+
+    def last_product(acc, p, alpha):
+        def run(pv):
+            multiply_values(pv, p, acc, steps % stages)
+            return pv[...]
+
+        return add(acc, alpha, lax.optimization_barrier(pl.run_scoped(run, sums_ref)))
+
+    def full_of(i):
+        return ref["full"].at[ring * stages + lax.rem(i, stages)]
+
+    last_full = ref["last_full"].at[ring]
+    plgpu.barrier_wait(ref["q_full"].at[wg])
+    m, p, total = first_step()
+    alpha = hw.full((hw.ROWS,), 1.0, hw.PER_ROW)
+    carry = (hw.full((hw.ROWS, call.dim + call.sum_rows), 0.0, hw.TILE), m, total, p, alpha, scale_of(1))
+    plgpu.barrier_wait(full_of(jnp.int32(1)) if steps > 1 else last_full)
+    if steps > 1:
+        carry = lax.fori_loop(1, steps - 1, lambda i, carry: step(i, full_of(i + 1), carry), carry)
+        carry = step(jnp.int32(steps - 1), last_full, carry)
+    total: Any
+    acc, m, total, p, alpha, _ = carry
+    acc = last_product(acc, p, alpha)
+    slot_read(steps % stages)
+    if quantized:
+        acc, total = acc[:, : call.dim], acc[:, call.dim :].max(axis=1)
+    return acc, total, m
+
+
+def _linear_branch(call: Call, ref, at: Place, feature_map: str):
+    """Its products and the output go where the queries were: nothing reads them any more."""
+    tile = ref["tile_smem"].at[at.wg]
+    if call.quantized:
+        plgpu.barrier_wait(ref["raw_full"].at[at.wg])
+    f = FEATURE_MAPS[feature_map](plgpu.load(tile, layout=hw.TILE).astype(jnp.float32))
+    f = f.astype(call.dtype).astype(jnp.float32)
+    f_sum = plgpu.load(ref["f_sum"].at[at.head], layout=hw.PER_COLUMN, optimized=False)
+    norm = (f * hw.per_column(f_sum, f)).sum(axis=1) + DENOMINATOR_EPS
+    operand = hw.to_16bit(f, call.dtype, tile if call.interpret else None)
+    plgpu.barrier_wait(ref["combined_full"])
+    product = hw.product(operand, ref["combined_smem"], (hw.ROWS, call.dim))
+    bias = plgpu.load(ref["bias"], layout=hw.PER_COLUMN, optimized=False)
+    return product * hw.per_row(1.0 / norm, product) + hw.per_column(bias, product)
+
+
+def _finish(call: Call, ref, at: Place, acc, total, m, feature_map: str | None):
+    """Writes the output and the log-sum-exp of one warpgroup's queries."""
+    tile, lse = ref["tile_smem"].at[at.wg], ref["lse_smem"].at[at.wg]
+    acc = acc * hw.per_row(1.0 / total, acc)
+    if call.quantized:
+        v_scale = plgpu.load(ref["v_scale"].at[at.head], layout=hw.PER_COLUMN, optimized=False)
+        acc = acc * hw.per_column(v_scale, acc)
+    if feature_map is not None:
+        acc = acc + _linear_branch(call, ref, at, feature_map)
+    tile[...] = acc.astype(call.dtype)
+    lse[...] = m + jnp.log2(total) - call.offset
+    plgpu.commit_smem()
+    rows = pl.ds(at.queries, hw.ROWS)
+    plgpu.copy_smem_to_gmem(tile, ref["out"].at[at.batch, rows, at.h])
+    plgpu.copy_smem_to_gmem(lse, ref["lse"].at[at.head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
 def hopper_attention(
     q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: AttentionTiles, interpret,
     linear: LinearBranch | None = None,
@@ -96,282 +409,48 @@ def hopper_attention(
     Returns (output in dtype, log2-sum-exp2 of the scaled scores [n, tiles * 128] float32).
     """
     quantized = q.dtype == jnp.int8
-    offset = LOG2_E4M3_MAX if quantized else 0.0
-    batches, rows, heads, dim = shape
-    n, tiles = batches * heads, -(-rows // TILE_Q)
-    bk, stages, parts = config.block_k, config.stages, config.blocks
-    width = parts * bk  # keys of a step
-    blocks = -(-lk // bk)
-    listed = blocks if index is None else index.shape[2]
-    steps = -(-listed // parts)
-    # Of the first step so many blocks are there only to fill it: copies of the first block, masked.
-    filling = steps * parts - listed
-    rings = 1 if config.shared else WARPGROUPS
-    tail = lk - (blocks - 1) * bk  # keys of the last block
-    ones = SUM_ROWS if quantized else 0
-    score_dtype = jnp.int32 if quantized else jnp.float32
-    # The interpreter multiplies no e4m3 into float16.
-    sum_dtype = jnp.float16 if quantized and not interpret else jnp.float32
+    _, rows, heads, dim = shape
+    n, tiles = shape[0] * heads, -(-rows // TILE_Q)
+    listed = -(-lk // config.block_k) if index is None else index.shape[2]
+    call = Call(
+        quantized=quantized, dense=index is None, dim=dim, dtype=dtype, lk=lk, listed=listed,
+        scale=scale, config=config, interpret=interpret,
+    )  # fmt: skip
+    feature_map = None if linear is None else linear.feature_map
 
     def body(ref):
         head, tile, wg = lax.axis_index("head"), lax.axis_index("tile"), lax.axis_index("wg")
-        batch, h = head // heads, head % heads
+        at = Place(head, head // heads, head % heads, tile, wg)
 
-        def rows_of(name, rows):
-            return ref[name].at[head, rows] if quantized else ref[name].at[batch, rows, h]
-
-        def block(row, i):
-            return (blocks - 1) - i if index is None else ref["index"][head, row, i]
-
-        def entries(i):
-            """Where in the list the blocks of step i stand."""
-            return [jnp.clip(i * parts + part - filling, 0, listed - 1) for part in range(parts)]
-
-        q_smem = ref["q_smem" if quantized else "tile_smem"]
-
-        def produce(ring):
-            row = tile * rings + ring
-            if ring == 0 and linear is not None:
-                plgpu.copy_gmem_to_smem(ref["combined"].at[head], ref["combined_smem"], ref["combined_full"])
-
-            def blocks_of(i):
-                return tuple(block(row, entry) for entry in entries(i))
-
-            def slot_part(memory, part):
-                return memory if parts == 1 else memory.at[pl.ds(part * bk, bk)]
-
-            def load_keys(found, slot, barrier):
-                for part, j in enumerate(found):
-                    k_block = rows_of("k", pl.ds(j * bk, bk))
-                    plgpu.copy_gmem_to_smem(k_block, slot_part(ref["k_smem"].at[ring, slot], part), barrier)
-
-            def load_values(found, slot, barrier):
-                if quantized:
-                    v_block = ref["v"].at[head, :, pl.ds(found[0] * bk, bk)]
-                    plgpu.copy_gmem_to_smem(v_block, ref["v_smem"].at[ring, slot, pl.ds(0, dim)], barrier)
-                    return
-                for part, j in enumerate(found):
-                    v_block = rows_of("v", pl.ds(j * bk, bk))
-                    plgpu.copy_gmem_to_smem(v_block, slot_part(ref["v_smem"].at[ring, slot], part), barrier)
-
-            def free(i):
-                bar = ring * stages + lax.rem(i, stages)
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(ref["empty"].at[bar]))
-
-            def load(i, found):
-                """K of step i and V of the step before it, together: so they are multiplied."""
-                slot = lax.rem(i, stages)
-                before, now = found
-                ahead = blocks_of(i + 1)
-                free(i)
-                load_keys(now, slot, ref["full"].at[ring * stages + slot])
-                load_values(before, slot, ref["full"].at[ring * stages + slot])
-                return now, ahead
-
-            for slot in range(stages if quantized else 0):
-                below = ref["v_smem"].at[ring, slot, pl.ds(dim, ones)]
-                plgpu.copy_gmem_to_smem(ref["ones"], below, ref["first_full"].at[ring])
-            now = blocks_of(jnp.int32(0))
-            load_keys(now, 0, ref["first_full"].at[ring])
-            before, _ = lax.fori_loop(1, steps, load, (now, blocks_of(jnp.int32(1))))
-            free(jnp.int32(steps))
-            load_values(before, steps % stages, ref["last_full"].at[ring])
-
-            # Stay until every slot was read: a warpgroup must not leave while another one still multiplies.
-            @pl.loop(max(0, steps + 1 - stages), steps + 1)
-            def _(i):
-                plgpu.barrier_wait(ref["empty"].at[ring * stages + lax.rem(i, stages)])
-
-        def consume():
+        @pl.when(wg < WARPGROUPS)
+        def _():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            ring = 0 if config.shared else wg
-            row = tile if config.shared else tile * WARPGROUPS + wg
-            first = tile * TILE_Q + wg * hw.ROWS
-            rows = pl.ds(first, hw.ROWS)
-            plgpu.copy_gmem_to_smem(rows_of("q", rows), q_smem.at[wg], ref["q_full"].at[wg])
-            if quantized and linear is not None:
-                plgpu.copy_gmem_to_smem(
-                    ref["raw_q"].at[batch, rows, h], ref["tile_smem"].at[wg], ref["raw_full"].at[wg]
-                )
-            q_scale = ref["q_scale"][head, tile * WARPGROUPS + wg] if quantized else None
-
-            def scale_of(i):
-                if not quantized:
-                    return jnp.float32(scale)
-                i = jnp.minimum(i, steps - 1)
-                k_scale = ref["k_scale"]
-                return q_scale * (k_scale[head, block(row, i)] if index is None else k_scale[head, row, i])
-
-            # In 16 bits on hardware P V is added to what was summed before where that lies; elsewhere it starts from
-            # zero: see the head of this file for FP8, and the interpreter cannot start from anything else.
-            in_place = not quantized and not interpret
-            stage = ref["p_smem"].at[wg] if interpret else None
-            # The next slot is awaited while this one is read: a ring of one would wait for ever.
-            overlapped = stages > 1
-
-            scores_ref = plgpu.WGMMAAccumulatorRef((hw.ROWS, width), score_dtype)
-            sums_ref = plgpu.WGMMAAccumulatorRef((hw.ROWS, dim + ones), sum_dtype)
-
-            def multiply_keys(s, slot):
-                plgpu.wgmma(s, q_smem.at[wg], ref["k_smem"].at[ring, slot].transpose((1, 0)))
-
-            def multiply_values(pv, p, acc, slot):
-                if in_place:
-                    pv[...] = acc
-                v = ref["v_smem"].at[ring, slot]
-                plgpu.wgmma(pv, stage if interpret else p, v.transpose((1, 0)) if quantized else v)
-
-            def slot_read(slot):
-                plgpu.barrier_arrive(ref["empty"].at[ring * stages + slot])
-
-            # Reading an accumulator waits for the tensor cores, but nothing ties the registers to that wait: hence
-            # the optimization barriers (see `hw.product`).
-
-            def maximum(s, factor, m):
-                """Scores in float32, the factor on what was summed before, the new maximum."""
-                s = s.astype(jnp.float32)
-                new_m = jnp.maximum(m, s.max(axis=1) * factor)
-                return s, jnp.exp2(m - new_m), new_m
-
-            def probabilities(s, factor, m):
-                """The operand P of the next product and the sum of its rows, where the product does not give it."""
-                p = jnp.exp2(s * factor - hw.per_row(m - offset, s))
-                total: Any = () if quantized else p.sum(axis=1)
-                p = hw.to_fp8(p, stage) if quantized else hw.to_16bit(p, dtype, stage)
-                return () if interpret else p, total
-
-            def add(acc, alpha, pv):
-                return pv if in_place else acc * hw.per_row(alpha, acc) + pv.astype(jnp.float32)
-
-            def first_step():
-                plgpu.barrier_wait(ref["first_full"].at[ring])
-
-                def run(s):
-                    multiply_keys(s, 0)
-                    return s[...]
-
-                s = lax.optimization_barrier(pl.run_scoped(run, scores_ref)).astype(jnp.float32)
-                slot_read(0)
-                if tail < bk or filling:  # the ragged block, where a list has it, is its first
-                    valid = jnp.where(block(row, 0) == blocks - 1, tail, bk)
-                    column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=hw.PER_COLUMN)
-                    key = hw.per_column(column, s) - filling * bk
-                    first_block = jnp.where(key < valid, s, -jnp.inf)
-                    s = jnp.where(key < bk, first_block, s)
-                    if filling:
-                        s = jnp.where(key >= 0, s, -jnp.inf)
-                factor = scale_of(0)
-                m = s.max(axis=1) * factor
-                return m, *probabilities(s, factor, m)
-
-            def step(i, ahead_full, carry):
-                """Q K of step i with P V of the step before. ahead_full: barrier of what the next multiplies."""
-                acc, m, total, p, alpha, factor = carry
-                ahead = scale_of(i + 1)  # the load is in flight during this step
-                slot = lax.rem(i, stages)
-
-                def run(s, pv):
-                    multiply_keys(s, slot)
-                    multiply_values(pv, p, acc, slot)
-                    if not overlapped:
-                        return s[...], pv[...]
-                    s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=1))
-                    found = lax.optimization_barrier(maximum(s, factor, m))
-                    # A branch: without one ptxas moves the wait for P V in front of the maximum.
-                    plgpu.barrier_wait(ahead_full)
-                    return found, pv[...]
-
-                found, pv = lax.optimization_barrier(pl.run_scoped(run, scores_ref, sums_ref))
-                slot_read(slot)
-                s, new_alpha, new_m = found if overlapped else maximum(found, factor, m)
-                acc = add(acc, alpha, pv)
-                p, rows_sum = probabilities(s, factor, new_m)
-                if in_place:
-                    acc = acc * hw.per_row(new_alpha, acc)
-                if not quantized:
-                    total = total * new_alpha + rows_sum
-                if not overlapped:
-                    plgpu.barrier_wait(ahead_full)
-                return acc, new_m, total, p, new_alpha, ahead
-
-            def last_product(acc, p, alpha):
-                def run(pv):
-                    multiply_values(pv, p, acc, steps % stages)
-                    return pv[...]
-
-                return add(acc, alpha, lax.optimization_barrier(pl.run_scoped(run, sums_ref)))
-
-            def full_of(i):
-                return ref["full"].at[ring * stages + lax.rem(i, stages)]
-
-            last_full = ref["last_full"].at[ring]
-            plgpu.barrier_wait(ref["q_full"].at[wg])
-            m, p, total = first_step()
-            alpha = hw.full((hw.ROWS,), 1.0, hw.PER_ROW)
-            carry = (hw.full((hw.ROWS, dim + ones), 0.0, hw.TILE), m, total, p, alpha, scale_of(1))
-            plgpu.barrier_wait(full_of(jnp.int32(1)) if steps > 1 else last_full)
-            if steps > 1:
-                carry = lax.fori_loop(1, steps - 1, lambda i, carry: step(i, full_of(i + 1), carry), carry)
-                carry = step(jnp.int32(steps - 1), last_full, carry)
-            total: Any
-            acc, m, total, p, alpha, _ = carry
-            acc = last_product(acc, p, alpha)
-            slot_read(steps % stages)
-            if quantized:
-                acc, total = acc[:, :dim], acc[:, dim:].max(axis=1)
-
-            def linear_branch(feature_map):
-                """Its products and the output go where the queries were: nothing reads them any more."""
-                tile = ref["tile_smem"].at[wg]
-                if quantized:
-                    plgpu.barrier_wait(ref["raw_full"].at[wg])
-                f = FEATURE_MAPS[feature_map](plgpu.load(tile, layout=hw.TILE).astype(jnp.float32))
-                f = f.astype(dtype).astype(jnp.float32)
-                f_sum = plgpu.load(ref["f_sum"].at[head], layout=hw.PER_COLUMN, optimized=False)
-                norm = (f * hw.per_column(f_sum, f)).sum(axis=1) + DENOMINATOR_EPS
-                operand = hw.to_16bit(f, dtype, tile if interpret else None)
-                plgpu.barrier_wait(ref["combined_full"])
-                product = hw.product(operand, ref["combined_smem"], (hw.ROWS, dim))
-                bias = plgpu.load(ref["bias"], layout=hw.PER_COLUMN, optimized=False)
-                return product * hw.per_row(1.0 / norm, product) + hw.per_column(bias, product)
-
-            acc = acc * hw.per_row(1.0 / total, acc)
-            if quantized:
-                v_scale = plgpu.load(ref["v_scale"].at[head], layout=hw.PER_COLUMN, optimized=False)
-                acc = acc * hw.per_column(v_scale, acc)
-            if linear is not None:
-                acc = acc + linear_branch(linear.feature_map)
-            ref["tile_smem"].at[wg][...] = acc.astype(dtype)
-            ref["lse_smem"].at[wg][...] = m + jnp.log2(total) - offset
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(ref["tile_smem"].at[wg], ref["out"].at[batch, pl.ds(first, hw.ROWS), h])
-            plgpu.copy_smem_to_gmem(ref["lse_smem"].at[wg], ref["lse"].at[head, pl.ds(first, hw.ROWS)])
-            plgpu.wait_smem_to_gmem(0)
-
-        pl.when(wg < WARPGROUPS)(consume)
+            _finish(call, ref, at, *_attend(call, ref, at), feature_map)
 
         @pl.when(wg == WARPGROUPS)
         def _():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            if rings == 1:
-                produce(0)
+            if call.rings == 1:
+                _load(call, ref, at, 0)
             else:
 
                 @plgpu.warp_map
                 def _(warp):
-                    for ring in range(rings):
-                        pl.when(warp == ring)(functools.partial(produce, ring))
+                    for ring in range(call.rings):
+                        pl.when(warp == ring)(functools.partial(_load, call, ref, at, ring))
 
     inputs = {"q": q, "q_scale": q_scale, "k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale, "index": index}
     if linear is not None:
         inputs |= {"raw_q": linear.q, "combined": linear.combined, "f_sum": linear.f_sum, "bias": linear.bias}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     if quantized:
-        inputs["ones"] = jnp.ones((ones, width), v.dtype)
+        inputs["ones"] = jnp.ones((call.sum_rows, call.width), v.dtype)
+    stages, parts, rings = config.stages, config.blocks, call.rings
     slots = rings * stages
+    v_tile = (dim + call.sum_rows, call.width) if quantized else (call.width, dim)
     scratch = {
-        "k_smem": plgpu.SMEM((rings, stages, width, dim), k.dtype),
-        "v_smem": plgpu.SMEM((rings, stages, *((dim + ones, width) if quantized else (width, dim))), v.dtype),
+        "k_smem": plgpu.SMEM((rings, stages, call.width, dim), k.dtype),
+        "v_smem": plgpu.SMEM((rings, stages, *v_tile), v.dtype),
         "tile_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS, dim), dtype),
         "lse_smem": plgpu.SMEM((WARPGROUPS, hw.ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
@@ -388,7 +467,7 @@ def hopper_attention(
         if quantized:
             scratch["raw_full"] = plgpu.Barrier(num_barriers=WARPGROUPS)
     if interpret:
-        scratch["p_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, width), v.dtype)
+        scratch["p_smem"] = plgpu.SMEM((WARPGROUPS, hw.ROWS, call.width), v.dtype)
     outputs = {
         "out": jax.ShapeDtypeStruct(shape, dtype),
         "lse": jax.ShapeDtypeStruct((n, tiles * TILE_Q), jnp.float32),
