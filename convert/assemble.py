@@ -16,7 +16,8 @@ from convert.source import open_source
 from convert.tables import Entry, entries, modules
 from convert.tensors import Leaf, StoredTensor, copy_into
 from convert.transforms import TRANSFORMS, Shape
-from turbojax.checkpoint import Component, abstract_leaves, open_component, quantized_layout
+from turbojax.checkpoint import abstract_leaves, open_component, quantized_layout
+from turbojax.component import Component
 from turbojax.config import DiTConfig
 
 _INT8_SUFFIX = ".int8_weight"

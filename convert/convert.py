@@ -15,7 +15,8 @@ from convert.lora import apply_lora
 from convert.merge import merge
 from convert.progress import byte_progress
 from convert.tokenizer import convert_tokenizer
-from turbojax.checkpoint import Component, Format, new_folder, quantized_layout, save_component
+from turbojax.checkpoint import Format, new_folder, quantized_layout, save_component
+from turbojax.component import Component
 from turbojax.config import PRESETS, DiTConfig, UMT5Config, VAEConfig
 from turbojax.pipeline_config import PipelineConfig
 

@@ -18,7 +18,8 @@ from convert.tables import Entry, Naming, entries
 from convert.tensors import Leaf, copy_into
 from convert.transforms import TRANSFORMS, Shape
 from turbojax import config as configs
-from turbojax.checkpoint import Component, quantized_layout
+from turbojax.checkpoint import quantized_layout
+from turbojax.component import Component
 from turbojax.config import DiTConfig
 
 Format = Literal["wan", "diffusers", "turbodiffusion"]

@@ -14,7 +14,8 @@ from convert.lora import read_lora
 from convert.recognise import is_lora, recognise
 from convert.release import find_parts, is_release
 from convert.source import Source, open_source
-from turbojax.checkpoint import Component, open_component, quantized_layout
+from turbojax.checkpoint import open_component, quantized_layout
+from turbojax.component import Component
 from turbojax.config import PRESETS, DiTConfig, UMT5Config, VAEConfig
 
 _NAMES = {DiTConfig: "DiT", VAEConfig: "VAE", UMT5Config: "umT5 encoder"}

@@ -27,7 +27,7 @@ from convert.source import Source, open_source
 from convert.tables import KINDS, NAMINGS, Entry, modules
 from convert.tensors import Leaf, StoredTensor
 from convert.transforms import TRANSFORMS
-from turbojax.checkpoint import Component
+from turbojax.component import Component
 from turbojax.config import DiTConfig
 
 _PREFIXES = (

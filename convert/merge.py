@@ -13,7 +13,7 @@ import numpy as np
 
 from convert.errors import CheckpointError
 from convert.tensors import Leaf
-from turbojax.checkpoint import Component
+from turbojax.component import Component
 from turbojax.config import ComponentConfig, DiTConfig
 
 

@@ -15,7 +15,8 @@ from random_modules import flat, random_module
 
 import turbojax
 from convert.tensors import Leaf
-from turbojax.checkpoint import Component, load_component, open_component, save_component
+from turbojax.checkpoint import load_component, open_component, save_component
+from turbojax.component import Component
 from turbojax.config import DiTConfig, UMT5Config, VAEConfig
 from turbojax.errors import UserError
 from turbojax.models.dit import WanDiT

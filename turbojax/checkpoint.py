@@ -21,7 +21,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -32,9 +31,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from convert.lora import apply_lora
 from convert.safetensors_file import read_safetensors, write_safetensors
 from convert.tensors import Leaf
 from turbojax import config as configs
+from turbojax.component import Component
 from turbojax.config import ComponentConfig, DiTConfig, UMT5Config, VAEConfig
 from turbojax.errors import UserError
 
@@ -48,22 +49,6 @@ _MODULES: Mapping[type, tuple[str, str, str]] = {
     VAEConfig: ("turbojax.models.vae", "WanVAE", "quant_conv.kernel"),
     UMT5Config: ("turbojax.models.umt5", "UMT5Encoder", "token_embedding.embedding"),
 }
-
-
-@dataclass(frozen=True)
-class Component:
-    """A model's shape and its parameters by dotted path, each read on demand.
-
-    dtype: compute dtype that a load gives unless told otherwise; None: the module's own default.
-    """
-
-    config: ComponentConfig
-    leaves: Mapping[str, Leaf]
-    dtype: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves.values())
 
 
 def save_component(
@@ -253,8 +238,6 @@ def _read_config(folder: Path) -> tuple[ComponentConfig, dict[str, Any]]:
 
 def _with_loras(component: Component, loras: Sequence[tuple[str | Path, float]]) -> Component:
     for file, strength in loras:
-        from convert.lora import apply_lora
-
         component = apply_lora(component, file, strength)
     return component
 

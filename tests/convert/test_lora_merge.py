@@ -16,7 +16,8 @@ from convert import CheckpointError, apply_lora, convert_checkpoint, inspect_che
 from convert.assemble import read_component
 from convert.merge import merge
 from convert.tensors import Leaf
-from turbojax.checkpoint import Component, load_component, save_component
+from turbojax.checkpoint import load_component, save_component
+from turbojax.component import Component
 from turbojax.config import DiTConfig, UMT5Config
 from turbojax.quant import quantize_dit
 

@@ -13,7 +13,8 @@ from convert.export import exported
 from convert.recognise import recognise
 from convert.source import Source, open_source
 from convert.tensors import Leaf, StoredTensor
-from turbojax.checkpoint import Component, abstract_leaves, load_component
+from turbojax.checkpoint import abstract_leaves, load_component
+from turbojax.component import Component
 from turbojax.config import PRESETS, DiTConfig, UMT5Config, VAEConfig
 
 DIT = DiTConfig(dim=128, ffn_dim=24, num_heads=1, num_layers=2, text_dim=8, freq_dim=8)
