@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import subprocess
+import sys
 
 import jax
 import pytest
@@ -140,3 +142,13 @@ def test_a_compiler_that_dies_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
     with pytest.raises(UserError, match=r"could not be compiled for a100 \(-6\): Cannot select"):
         plan("wan2.1-t2v-1.3b", "a100")
+
+
+@pytest.mark.slow
+def test_what_planning_installs_says_nothing_at_other_commands():
+    """The CUDA plugin without cuDNN: JAX would print a traceback whenever it starts on a machine without a GPU."""
+    aot.require_extra()
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"}
+    code = "import turbojax, jax; print(jax.devices()[0].platform)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("cpu", "")

@@ -6,7 +6,9 @@ Importing this package loads nothing heavy: public names and submodules are fetc
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from turbojax.video import Video, read_video
 
 __all__ = ["AttentionConfig", "Pipeline", "UserError", "Video", "load", "read_video"]
+
+# The `aot` extra brings JAX's CUDA plugin without cuDNN. Where no driver is, the plugin would print a page of traceback
+# about that whenever JAX starts.
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 # public name -> (module, attribute)
 _ATTRIBUTES = {
