@@ -122,6 +122,10 @@ class Call:
     def rings(self) -> int:
         return 1 if self.config.shared else WARPGROUPS
 
+    def barrier(self, ring, i):
+        """Which of the barriers of all rings' slots step i of a ring has."""
+        return ring * self.config.stages + lax.rem(i, self.config.stages)
+
     @property
     def offset(self) -> float:
         """log2 of what P is multiplied by."""
@@ -185,17 +189,16 @@ def _load(call: Call, ref, at: Place, ring: int):
             v_block = _rows_of(call, ref, at, "v", pl.ds(j * bk, bk))
             plgpu.copy_gmem_to_smem(v_block, slot_part(ref["v_smem"].at[ring, slot], part), barrier)
 
-    def free(i):
-        bar = ring * stages + lax.rem(i, stages)
-        pl.when(i >= stages)(lambda: plgpu.barrier_wait(ref["empty"].at[bar]))
+    def wait_empty(i):
+        plgpu.barrier_wait(ref["empty"].at[call.barrier(ring, i)])
 
     def step(i, found):
-        slot = lax.rem(i, stages)
+        slot, full = lax.rem(i, stages), ref["full"].at[call.barrier(ring, i)]
         before, now = found
         ahead = blocks_of(i + 1)
-        free(i)
-        load_keys(now, slot, ref["full"].at[ring * stages + slot])
-        load_values(before, slot, ref["full"].at[ring * stages + slot])
+        pl.when(i >= stages)(lambda: wait_empty(i))
+        load_keys(now, slot, full)
+        load_values(before, slot, full)
         return now, ahead
 
     for slot in range(stages if call.quantized else 0):
@@ -204,13 +207,14 @@ def _load(call: Call, ref, at: Place, ring: int):
     now = blocks_of(jnp.int32(0))
     load_keys(now, 0, first_full)
     before, _ = lax.fori_loop(1, steps, step, (now, blocks_of(jnp.int32(1))))
-    free(jnp.int32(steps))
+    if steps >= stages:
+        wait_empty(jnp.int32(steps))
     load_values(before, steps % stages, ref["last_full"].at[ring])
 
     # Stay until every slot was read: a warpgroup must not leave while another one still multiplies.
     @pl.loop(max(0, steps + 1 - stages), steps + 1)
     def _(i):
-        plgpu.barrier_wait(ref["empty"].at[ring * stages + lax.rem(i, stages)])
+        wait_empty(i)
 
 
 def _attend(call: Call, ref, at: Place):
@@ -256,8 +260,8 @@ def _attend(call: Call, ref, at: Place):
         v = ref["v_smem"].at[ring, slot]
         plgpu.wgmma(pv, stage if interpret else p, v.transpose((1, 0)) if quantized else v)
 
-    def slot_read(slot):
-        plgpu.barrier_arrive(ref["empty"].at[ring * stages + slot])
+    def slot_read(i):
+        plgpu.barrier_arrive(ref["empty"].at[call.barrier(ring, i)])
 
     # Reading an accumulator waits for the tensor cores, but nothing ties the registers to that wait: hence
     # the optimization barriers (see `hw.product`).
@@ -268,10 +272,10 @@ def _attend(call: Call, ref, at: Place):
         new_m = jnp.maximum(m, s.max(axis=1) * factor)
         return s, jnp.exp2(m - new_m), new_m
 
-    def probabilities(s, factor, m):
+    def probabilities(s, factor, m) -> tuple[Any, Any]:
         """The operand P of the next product and the sum of its rows, where the product does not give it."""
         p = jnp.exp2(s * factor - hw.per_row(m - call.offset, s))
-        total: Any = () if quantized else p.sum(axis=1)
+        total = () if quantized else p.sum(axis=1)
         p = hw.to_fp8(p, stage) if quantized else hw.to_16bit(p, call.dtype, stage)
         return () if interpret else p, total
 
@@ -286,7 +290,7 @@ def _attend(call: Call, ref, at: Place):
             return s[...]
 
         s = lax.optimization_barrier(pl.run_scoped(run, scores_ref)).astype(jnp.float32)
-        slot_read(0)
+        slot_read(jnp.int32(0))
         if tail < bk or filling:  # the ragged block, where a list has it, is its first
             valid = jnp.where(_block(call, ref, at, row, 0) == call.blocks - 1, tail, bk)
             column = plgpu.broadcasted_iota(jnp.int32, (call.width,), 0, layout=hw.PER_COLUMN)
@@ -317,7 +321,7 @@ def _attend(call: Call, ref, at: Place):
             return found, pv[...]
 
         found, pv = lax.optimization_barrier(pl.run_scoped(run, scores_ref, sums_ref))
-        slot_read(slot)
+        slot_read(i)
         s, new_alpha, new_m = found if overlapped else maximum(found, factor, m)
         acc = add(acc, alpha, pv)
         p, rows_sum = probabilities(s, factor, new_m)
@@ -337,7 +341,7 @@ def _attend(call: Call, ref, at: Place):
         return add(acc, alpha, lax.optimization_barrier(pl.run_scoped(run, sums_ref)))
 
     def full_of(i):
-        return ref["full"].at[ring * stages + lax.rem(i, stages)]
+        return ref["full"].at[call.barrier(ring, i)]
 
     last_full = ref["last_full"].at[ring]
     plgpu.barrier_wait(ref["q_full"].at[wg])
@@ -348,10 +352,9 @@ def _attend(call: Call, ref, at: Place):
     if steps > 1:
         carry = lax.fori_loop(1, steps - 1, lambda i, carry: step(i, full_of(i + 1), carry), carry)
         carry = step(jnp.int32(steps - 1), last_full, carry)
-    total: Any
     acc, m, total, p, alpha, _ = carry
     acc = last_product(acc, p, alpha)
-    slot_read(steps % stages)
+    slot_read(jnp.int32(steps))
     if quantized:
         acc, total = acc[:, : call.dim], acc[:, call.dim :].max(axis=1)
     return acc, total, m

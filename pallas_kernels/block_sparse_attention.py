@@ -47,7 +47,7 @@ def block_sparse_attention(
             rows); has no derivative. Otherwise differentiable in q, k and v, in reverse and forward mode.
         scale: factor on the scores; None is 1 / sqrt(head_dim).
         return_lse: also return the natural log-sum-exp of the scaled scores, float32 [B, heads, Lq]. Quantised on
-            Hopper it is of the rounded probabilities, by which o was divided: partial results merge exactly.
+            Hopper it is of the probabilities as e4m3 rounds them, by 1/16 at most: o was divided by their sum.
             Quantised, it is that of the smoothed keys: shifted by scale * q . mean(k).
         implementation: None, "xla", "mosaic_gpu" or "interpret".
 

@@ -25,8 +25,8 @@ def test_prompts_become_the_clips_that_they_ask_for(model):
 
 @pytest.mark.slow
 def test_pictures_move_as_they_are_told():
-    requests = i2v_evaluate.wanted(8, seed=11)
+    requests = i2v_evaluate.wanted(16, seed=11)
     scores = [score for score, _ in i2v_evaluate.evaluate(Pipeline.load("tiny-i2v"), requests)]
     assert min(s.first_frame for s in scores) >= 25  # dB; the bar for the mean
-    # One has a square so small that the last bits decide what it is read as.
-    assert sum(s.colour and s.shape and s.motion for s in scores) >= 6
+    # The last bits decide what two small squares are read as.
+    assert sum(s.colour and s.shape and s.motion for s in scores) >= 14
