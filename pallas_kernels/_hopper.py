@@ -84,25 +84,31 @@ class Run(NamedTuple):
     load: Callable[[jax.Array], None]
 
 
-def by_runs(body, name: str, inputs, outputs, scratch, *, heads: int, runs: int, interpret: bool, exact: bool = False):
-    """Runs body(refs) for every head and run of tiles, in one warpgroup; arguments as for `by_tiles`.
+def by_runs(
+    body, name: str, inputs, outputs, scratch, *, heads: int, runs: int, interpret: bool, exact: bool = False,
+    warpgroups: int = 1,
+):  # fmt: skip
+    """Runs body(refs) for every head and run of tiles; arguments as for `by_tiles`.
 
-    One, as what a reduction sends from warp to warp goes through memory that the block has once. exact: division and
-    the like are not approximated.
+    warpgroups: one where columns are reduced, as what that sends from warp to warp goes through memory that the block
+    has once. exact: division and the like are not approximated.
     """
-    return _launch(body, name, inputs, outputs, scratch, {"head": heads, "run": runs}, interpret, {}, exact)
+    threads = {} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "wg"}
+    return _launch(body, name, inputs, outputs, scratch, {"head": heads, "run": runs}, interpret, threads, exact)
 
 
-def start_run(fetch, full, slots: int, length: int, tiles: int, ahead: int) -> Run:
+def start_run(fetch, full, slots: int, length: int, tiles: int, ahead: int, share=(0, 1)) -> Run:
     """This block's run of up to `length` of all `tiles`, with the first `ahead` of them on their way.
 
     fetch(tile, slot, barrier) copies a tile into a slot of a ring of `slots`, whose barriers are `full`.
+    share: (which, of how many), where each warpgroup of the block has a run and a ring of its own, one behind another.
     """
-    first = lax.axis_index("run") * length
+    which, shares = share
+    first = (lax.axis_index("run") * shares + which) * length
     count = jnp.minimum(length, tiles - first)
 
     def load(i):
-        slot = lax.rem(i, slots)
+        slot = which * slots + lax.rem(i, slots)
 
         @pl.when(i < count)
         def _():

@@ -14,6 +14,7 @@ from pallas_kernels.block_map import num_selected
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.sage_attention import sage_attention
 from pallas_kernels.sparse_linear_attention import sparse_linear_attention
+from pallas_kernels.text_attention import text_attention
 
 # Tokens, heads, head_dim: Wan 1.3B at 480p and 14B at 720p (81 frames); the other head_dim; a length that is not a
 # multiple of the 8 rows that TMA moves at least.
@@ -46,7 +47,7 @@ def compile_cases() -> list[Case]:
                 targets = _targets(shape, (block_q, block_k))
                 if targets:
                     cases.append(Case(name, sparse, (x, x, x, index), targets))
-    return cases + _fused_cases()
+    return cases + _fused_cases() + _text_cases()
 
 
 def _fused_cases() -> list[Case]:
@@ -69,6 +70,26 @@ def _fused_cases() -> list[Case]:
         kind = "int8" if quantized else "bf16"
         name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}"
         cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=3))
+    return cases
+
+
+def _text_cases() -> list[Case]:
+    """Prompts of 119 and 247 tokens and Wan's padding to 512; a short one without what else the op may give."""
+    variants = [(SHAPES[0], 120, True), (SHAPES[0], 248, True), (SHAPES[1], 120, True), (SHAPES[3], 56, False)]
+    cases = []
+    for (tokens, heads, dim), keys, everything in variants:
+        op = functools.partial(
+            text_attention, last_count=513 - keys, return_amax=everything, implementation="mosaic_gpu"
+        )
+
+        def run(q, k, v, *factor, op=op):
+            return op(q, k, v, q_factor=factor[0] if factor else None)
+
+        q = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
+        k = jax.ShapeDtypeStruct((1, keys, heads, dim), jnp.bfloat16)
+        factor = (jax.ShapeDtypeStruct((1, tokens), jnp.float32),) if everything else ()
+        name = f"text_attention {keys} keys {tokens}x{heads}x{dim}"
+        cases.append(Case(name, run, (q, k, k, *factor), ("h100",)))
     return cases
 
 

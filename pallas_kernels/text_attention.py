@@ -1,0 +1,121 @@
+"""Attention of many queries to the few keys of a text, of which the last stands for all of the padding."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels._attention_xla import compute_dtype, default_scale, map_chunks
+from pallas_kernels._derivatives import derivative_of
+from pallas_kernels._heads import check_qkv
+from pallas_kernels._refusals import MAX_HEADS
+from pallas_kernels.dispatch import dispatch, gpu_arch
+
+HOPPER = (9, 0)
+HEAD_DIM = 128
+MAX_COLUMNS = 256
+"""K and V of a head stay in shared memory, and a row of scores in registers."""
+
+
+@functools.partial(jax.jit, static_argnames=("last_count", "return_amax", "implementation"))
+def text_attention(
+    q: Float[Array, "b l h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    *,
+    q_factor: Float32[Array, "b l"] | None = None,
+    last_count: int = 1,
+    return_amax: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "b l h d"] | tuple[Float[Array, "b l h d"], Float32[Array, "b l"]]:
+    """softmax(q_factor q k^T / sqrt(d)) v, the last key counting `last_count` times; softmax in float32.
+
+    Wan pads every prompt with zeros to 512 rows and masks none, so that all padding has one key and one value: they
+    are one row here, exactly. Differentiable in q, k, v and q_factor, in forward and reverse mode.
+
+    Args:
+        q_factor: float32 [B, L], positive: what each token's queries are multiplied by, such as 1/rms of an RMSNorm
+            over all heads, which then needs no pass of its own. Not checked. None is 1.
+        last_count: how many equal keys the last one stands for, at least 1.
+        return_amax: also return float32 [B, L], the largest |o| over all heads of a token, o as it is rounded.
+        implementation: None, "xla" (any dtype), "mosaic_gpu" (Hopper, bfloat16, head_dim 128, S plus one less than
+            the ones of last_count in binary at most 256) or "interpret".
+
+    Returns o in q's dtype, or (o, amax).
+
+    Raises:
+        ValueError: shapes that do not fit together, or last_count below 1.
+        NotImplementedError: an implementation that cannot run, with the reason.
+
+    Source: WanT2VCrossAttention and the padding of `context` in wan/modules/model.py of Wan2.1.
+    """
+    name = "text_attention"
+    check_qkv(name, q, k, v)
+    if q_factor is not None and q_factor.shape != q.shape[:2]:
+        raise ValueError(f"{name}: q_factor has shape {q_factor.shape}; expected [batch, length] = {q.shape[:2]}")
+    if last_count < 1:
+        raise ValueError(f"{name}: last_count is {last_count}; the last key counts at least once")
+
+    xla = functools.partial(_xla, last_count=last_count, amax=return_amax)
+
+    def kernel(*args, interpret):
+        fast = functools.partial(_kernel, last_count=last_count, amax=return_amax, interpret=interpret)
+        return derivative_of(xla, fast)(*args)
+
+    args = (q, k, v) if q_factor is None else (q, k, v, q_factor)
+    unsupported = supports(q, k, last_count, implementation)
+    return dispatch(name, implementation, args, xla=xla, kernel=kernel, unsupported=unsupported)
+
+
+def supports(q: Array, k: Array, last_count: int, implementation: str | None = None) -> str | None:
+    """Why the kernel cannot run, or None if it can. The interpreter needs no GPU."""
+    b, _, h, dim = q.shape
+    columns = k.shape[1] - 1 + last_count.bit_count()
+    if dim != HEAD_DIM:
+        return f"head_dim is {dim}; the kernel has {HEAD_DIM}"
+    if q.dtype != jnp.bfloat16:
+        return f"q is {q.dtype}; the kernel takes bfloat16"
+    if columns > MAX_COLUMNS:
+        return f"{k.shape[1]} keys, the last one {last_count} times, are {columns} columns; the kernel has {MAX_COLUMNS}"
+    if b * h > MAX_HEADS:
+        return f"batch * heads is {b * h}; a grid holds {MAX_HEADS}"
+    if implementation != "interpret" and gpu_arch() != HOPPER:
+        major, minor = gpu_arch()
+        return f"the GPU is sm_{major}{minor}; the kernel needs sm_90"
+    return None
+
+
+def _kernel(q, k, v, q_factor=None, *, last_count, amax, interpret):
+    from pallas_kernels._hopper_text import text_forward  # late: see _plgpu
+
+    o, top = text_forward(
+        q, k, v, q_factor, scale=default_scale(q.shape[-1]), last_count=last_count, amax=amax, interpret=interpret
+    )
+    return (o, jnp.max(top, axis=1)) if amax else o
+
+
+def _xla(q, k, v, q_factor=None, *, last_count, amax) -> Any:
+    """Chunks of queries, so that the scores held at once are bounded."""
+    dtype = compute_dtype(q.dtype)
+    b, _, h, _ = q.shape
+    keys = k.shape[1]
+    extra = jnp.zeros(keys, dtype).at[-1].set(math.log(last_count))
+
+    def chunk(q, *factor):
+        s = jnp.einsum("lbhd,bshd->lbhs", q, k, preferred_element_type=dtype) * default_scale(q.shape[-1])
+        if factor:
+            s = s * factor[0][:, :, None, None].astype(dtype)
+        p = jax.nn.softmax(s + extra, axis=-1)
+        o = jnp.einsum("lbhs,bshd->lbhd", p.astype(v.dtype), v, preferred_element_type=dtype).astype(q.dtype)
+        return (o, jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)) if amax else (o,)
+
+    arrays = (q,) if q_factor is None else (q, q_factor)
+    # A row of scores, probabilities and their low-precision copy.
+    found = map_chunks(chunk, tuple(jnp.swapaxes(x, 0, 1) for x in arrays), 12 * b * h * keys)
+    o, *top = (jnp.swapaxes(x, 0, 1) for x in found)
+    return (o, *top) if amax else o
