@@ -4,10 +4,10 @@
     P = exp2(S f - max)             in float32, f a factor for each row; rounded to 16 bits in registers
     [O, sum] = P [w V, w]           wgmma, V^T K-major with its weights w as eight more rows
 
-A block holds K and V of a head; its two warpgroups walk tiles of 64 queries each on its own, with a ring of its own,
-and sends for its next tiles itself: with 255 registers a thread nothing has to be handed over, and one multiplies
-while the other one takes exponentials. The output goes where its queries were, and from there to memory; the slot
-is filled again when that has been read.
+A block holds K and V of a head. Its two warpgroups each walk tiles of 64 queries through a ring of their own and send
+for the next ones themselves: with two, each thread has 255 registers without taking any from a third, and one
+multiplies while the other takes exponentials. The output goes where its queries were and from there to memory; when
+it has been read, the slot is filled again.
 
 Nothing is masked. Columns past the last key repeat it with weight 0, which leaves the maximum as it is. A key that
 counts more than once has as many columns as its count has ones in binary, each with a power of two for its weight:
@@ -37,16 +37,14 @@ SLOTS = 4
 COLUMN_STEP = 64  # 128 bytes of a row of V^T, the widest swizzle
 
 
-def key_columns(keys: int, last_count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(key of each column int32 [w], its weight float32 [w]), w a multiple of COLUMN_STEP; see the head of this file.
+def column_weights(keys: int, last_count: int) -> np.ndarray:
+    """float32 [w], w a multiple of COLUMN_STEP: what each column weighs. Column j has key j, from keys - 1 on the last.
 
-    The weights of a key's columns sum to 1, or last_count for the last key.
+    Those of the last key sum to last_count; see the head of this file.
     """
     powers = [1 << bit for bit in range(last_count.bit_length()) if last_count >> bit & 1]
     weights = [1] * (keys - 1) + powers
-    weights += [0] * (-len(weights) % COLUMN_STEP)
-    key = np.minimum(np.arange(len(weights)), keys - 1)
-    return key.astype(np.int32), np.asarray(weights, np.float32)
+    return np.asarray(weights + [0] * (-len(weights) % COLUMN_STEP), np.float32)
 
 
 def text_forward(q, k, v, q_factor, *, scale, last_count, amax, interpret):
@@ -56,24 +54,20 @@ def text_forward(q, k, v, q_factor, *, scale, last_count, amax, interpret):
     """
     b, length, heads, dim = q.shape
     n = b * heads
-    key, weight = key_columns(k.shape[1], last_count)
-    width = len(key)
+    weight = jnp.asarray(column_weights(k.shape[1], last_count), v.dtype)
+    width = len(weight)
     q = whole_rows(q)
-    rows = q.shape[1]
-    tiles = pl.cdiv(rows, hw.ROWS)
-    # One block a core, or in the interpreter a head; of a length that leaves none of them much less to do.
+    tiles = pl.cdiv(q.shape[1], hw.ROWS)
+    # The card is filled once: each block has its core to itself. The interpreter has one of a head walk all tiles.
     blocks = 1 if interpret else max(1, core_count() // n)
     run_tiles = pl.cdiv(tiles, blocks * WARPGROUPS)
     slots = ring_slots(width, dim)
 
-    def columns(x):
-        """[n, width, d] of [b, keys, h, d]"""
-        return jnp.swapaxes(x[:, key], 1, 2).reshape(n, width, dim)
-
-    weight = jnp.asarray(weight, v.dtype)
-    values = jnp.swapaxes(columns(v) * weight[:, None], 1, 2)
+    columns = ((0, 0), (0, width - k.shape[1]), (0, 0), (0, 0))
+    k, v = (jnp.pad(x, columns, mode="edge") for x in (k, v))
+    values = jnp.transpose(v * weight[:, None, None], (0, 2, 3, 1)).reshape(n, dim, width)
     values = jnp.concatenate([values, jnp.broadcast_to(weight, (n, SUM_ROWS, width))], axis=1)
-    inputs = {"q": q, "k": columns(k), "v": values}
+    inputs = {"q": q, "k": k, "v": values}
     if q_factor is not None:
         # Loads into registers are not clipped.
         inputs["factor"] = jnp.pad(q_factor * (scale * hw.LOG2E), ((0, 0), (0, tiles * hw.ROWS - length)))
@@ -85,13 +79,11 @@ def text_forward(q, k, v, q_factor, *, scale, last_count, amax, interpret):
 
         @pl.when(wg == 0)
         def _():
-            plgpu.copy_gmem_to_smem(ref["k"].at[head], k_smem, ref["keys_full"])
+            plgpu.copy_gmem_to_smem(ref["k"].at[batch, :, h], k_smem, ref["keys_full"])
             plgpu.copy_gmem_to_smem(ref["v"].at[head], v_smem, ref["keys_full"])
 
         def fetch(tile, slot, barrier):
-            plgpu.copy_gmem_to_smem(
-                ref["q"].at[batch, pl.ds(tile * hw.ROWS, hw.ROWS), h], tile_smem.at[slot], barrier
-            )
+            plgpu.copy_gmem_to_smem(ref["q"].at[batch, pl.ds(tile * hw.ROWS, hw.ROWS), h], tile_smem.at[slot], barrier)
 
         run = hw.start_run(fetch, ref["full"], slots, run_tiles, tiles, slots - 1, (wg, WARPGROUPS))
         plgpu.barrier_wait(ref["keys_full"])
@@ -106,7 +98,7 @@ def text_forward(q, k, v, q_factor, *, scale, last_count, amax, interpret):
                 factor = plgpu.load(ref["factor"].at[batch, here], layout=hw.PER_ROW, optimized=False)
             plgpu.barrier_wait(ref["full"].at[slot])
             s = hw.product(tile_smem.at[slot], k_smem.transpose((1, 0)), (hw.ROWS, width))
-            # The last tile's output has left its slot, which was stored during this product.
+            # The output of the tile before has been read by now; its slot is the next to fill.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             run.load(i + slots - 1)
             m = s.max(axis=1) * factor

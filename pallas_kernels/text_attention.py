@@ -81,7 +81,9 @@ def supports(q: Array, k: Array, last_count: int, implementation: str | None = N
     if q.dtype != jnp.bfloat16:
         return f"q is {q.dtype}; the kernel takes bfloat16"
     if columns > MAX_COLUMNS:
-        return f"{k.shape[1]} keys, the last one {last_count} times, are {columns} columns; the kernel has {MAX_COLUMNS}"
+        return (
+            f"{k.shape[1]} keys, the last one {last_count} times, are {columns} columns; the kernel has {MAX_COLUMNS}"
+        )
     if b * h > MAX_HEADS:
         return f"batch * heads is {b * h}; a grid holds {MAX_HEADS}"
     if implementation != "interpret" and gpu_arch() != HOPPER:
@@ -96,7 +98,7 @@ def _kernel(q, k, v, q_factor=None, *, last_count, amax, interpret):
     o, top = text_forward(
         q, k, v, q_factor, scale=default_scale(q.shape[-1]), last_count=last_count, amax=amax, interpret=interpret
     )
-    return (o, jnp.max(top, axis=1)) if amax else o
+    return o if top is None else (o, jnp.max(top, axis=1))
 
 
 def _xla(q, k, v, q_factor=None, *, last_count, amax) -> Any:
@@ -106,13 +108,15 @@ def _xla(q, k, v, q_factor=None, *, last_count, amax) -> Any:
     keys = k.shape[1]
     extra = jnp.zeros(keys, dtype).at[-1].set(math.log(last_count))
 
-    def chunk(q, *factor):
-        s = jnp.einsum("lbhd,bshd->lbhs", q, k, preferred_element_type=dtype) * default_scale(q.shape[-1])
+    def chunk(*rows):
+        q, *factor = (jnp.swapaxes(x, 0, 1) for x in rows)
+        s = jnp.einsum("blhd,bshd->bhls", q, k, preferred_element_type=dtype) * default_scale(q.shape[-1])
         if factor:
-            s = s * factor[0][:, :, None, None].astype(dtype)
+            s = s * factor[0][:, None, :, None].astype(dtype)
         p = jax.nn.softmax(s + extra, axis=-1)
-        o = jnp.einsum("lbhs,bshd->lbhd", p.astype(v.dtype), v, preferred_element_type=dtype).astype(q.dtype)
-        return (o, jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)) if amax else (o,)
+        o = jnp.einsum("bhls,bshd->blhd", p.astype(v.dtype), v, preferred_element_type=dtype).astype(q.dtype)
+        found = (o, jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)) if amax else (o,)
+        return tuple(jnp.swapaxes(x, 0, 1) for x in found)
 
     arrays = (q,) if q_factor is None else (q, q_factor)
     # A row of scores, probabilities and their low-precision copy.
