@@ -14,6 +14,7 @@ from pallas_kernels._attention_xla import compute_dtype, default_scale, map_chun
 from pallas_kernels._derivatives import derivative_of
 from pallas_kernels._heads import check_qkv
 from pallas_kernels._refusals import MAX_HEADS
+from pallas_kernels.dense_attention import cudnn_refusal, dense_attention
 from pallas_kernels.dispatch import dispatch, gpu_arch
 
 HOPPER = (9, 0)
@@ -44,7 +45,8 @@ def text_attention(
         last_count: how many equal keys the last one stands for, at least 1.
         return_amax: also return float32 [B, L], the largest |o| over all heads of a token, o as it is rounded.
         implementation: None, "xla" (any dtype), "mosaic_gpu" (Hopper, bfloat16, head_dim 128, S plus one less than
-            the ones of last_count in binary at most 256) or "interpret".
+            the ones of last_count in binary at most 256) or "interpret". None on a GPU without the kernel is cuDNN's
+            attention to all keys written out, for the dtypes that it takes.
 
     Returns o in q's dtype, or (o, amax).
 
@@ -61,14 +63,19 @@ def text_attention(
     if last_count < 1:
         raise ValueError(f"{name}: last_count is {last_count}; the last key counts at least once")
 
-    xla = functools.partial(_xla, last_count=last_count, amax=return_amax)
+    options = {"last_count": last_count, "amax": return_amax}
+    xla = functools.partial(_xla, **options)
 
     def kernel(*args, interpret):
-        fast = functools.partial(_kernel, last_count=last_count, amax=return_amax, interpret=interpret)
-        return derivative_of(xla, fast)(*args)
+        return derivative_of(xla, functools.partial(_kernel, **options, interpret=interpret))(*args)
+
+    def cudnn(*args, interpret):
+        return derivative_of(xla, functools.partial(_written_out, **options))(*args)
 
     args = (q, k, v) if q_factor is None else (q, k, v, q_factor)
     unsupported = supports(q, k, last_count, implementation)
+    if implementation is None and unsupported and cudnn_refusal(q, k) is None:
+        kernel, unsupported = cudnn, None
     return dispatch(name, implementation, args, xla=xla, kernel=kernel, unsupported=unsupported)
 
 
@@ -101,6 +108,19 @@ def _kernel(q, k, v, q_factor=None, *, last_count, amax, interpret):
     return o if top is None else (o, jnp.max(top, axis=1))
 
 
+def _written_out(q, k, v, q_factor=None, *, last_count, amax) -> Any:
+    """Dense attention to all keys: cuDNN's one pass over many is faster than XLA's several over few."""
+    if q_factor is not None:
+        q = (q * q_factor[:, :, None, None]).astype(q.dtype)
+    k, v = (jnp.pad(x, ((0, 0), (0, last_count - 1), (0, 0), (0, 0)), mode="edge") for x in (k, v))
+    o = dense_attention(q, k, v)
+    return (o, _largest(o)) if amax else o
+
+
+def _largest(o: Array) -> Array:
+    return jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)
+
+
 def _xla(q, k, v, q_factor=None, *, last_count, amax) -> Any:
     """Chunks of queries, so that the scores held at once are bounded."""
     dtype = compute_dtype(q.dtype)
@@ -115,7 +135,7 @@ def _xla(q, k, v, q_factor=None, *, last_count, amax) -> Any:
             s = s * factor[0][:, None, :, None].astype(dtype)
         p = jax.nn.softmax(s + extra, axis=-1)
         o = jnp.einsum("bhls,bshd->blhd", p.astype(v.dtype), v, preferred_element_type=dtype).astype(q.dtype)
-        found = (o, jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)) if amax else (o,)
+        found = (o, _largest(o)) if amax else (o,)
         return tuple(jnp.swapaxes(x, 0, 1) for x in found)
 
     arrays = (q,) if q_factor is None else (q, q_factor)

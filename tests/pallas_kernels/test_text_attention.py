@@ -1,5 +1,7 @@
 """Attention to a few keys, the last of which stands for many equal ones: as if all of them were written out."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_kernels import _attention_xla, _hopper_text, text_attention
 from pallas_kernels._attention_xla import default_scale
 from pallas_kernels.dispatch import compiling_for
+from pallas_kernels.text_attention import _written_out as written_out_path
 from pallas_kernels.text_attention import _xla as xla_path
 
 # batch, length, heads, keys, last_count. Lengths end within a tile of 64 rows or within 8 rows, or have fewer tiles
@@ -134,6 +137,37 @@ def test_xla_in_chunks(monkeypatch):
     monkeypatch.setattr(_attention_xla, "chunk_bytes", lambda: 3 * 12 * 2 * 2 * 5)
     for got, want in zip(run(), whole, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_keys_written_out_are_the_same(with_factor):
+    """What a GPU without the kernel computes; q times its factor is rounded once more, which float32 makes small."""
+    q, k, v, factor = operands("gaussian", (2, 9, 2, 5, 457), jnp.float32)
+    got, amax = written_out_path(q, k, v, *((factor,) if with_factor else ()), last_count=457, amax=True)
+    want = reference(q, k, v, factor if with_factor else None, 457)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(amax, np.abs(np.asarray(got)).max(axis=(2, 3)))
+
+
+def test_a_gpu_without_the_kernel_writes_the_keys_out_and_a_cpu_does_not(monkeypatch):
+    """Staged: what is lowered for an RTX 4090 has attention to 512 keys, what is lowered for the CPU to 56."""
+    module = importlib.import_module("pallas_kernels.text_attention")
+    monkeypatch.setattr(module, "cudnn_refusal", lambda q, k: None)
+    q, k, v, factor = operands("gaussian", (1, 72, 2, 56, 457))
+
+    def run(q, k, v, factor):
+        return text_attention(q, k, v, q_factor=factor, last_count=457)
+
+    jax.clear_caches()
+    with compiling_for((8, 9)):
+        traced = jax.jit(run).trace(q, k, v, factor)
+        gpu, cpu = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu"))
+        got = jax.jit(run)(q, k, v, factor)
+    jax.clear_caches()
+    assert "x512x" in gpu
+    assert "x512x" not in cpu
+    assert "x56x" in cpu
+    np.testing.assert_array_equal(got, text_attention(q, k, v, q_factor=factor, last_count=457, implementation="xla"))
 
 
 def test_derivatives_are_those_of_all_keys_written_out():
