@@ -78,7 +78,7 @@ def test_captured_q_k_v_are_what_the_block_attends_with():
     q, k, v = query_key_value(block, x, time, rope)
     shift, scale, gate = jnp.split(block.modulation[...] + time, 6, axis=1)[:3]
     h = block.self_attn.q.modulated(x, shift, scale, block.eps)
-    expected = block.self_attn(x, h, h, rope=rope, attention=AttentionConfig(), gate=gate)
+    expected = block.self_attn(x, h, rope=rope, attention=AttentionConfig(), gate=gate)
     found = block.self_attn.o.onto(x, attend(q, k, v).reshape(2, 12, 32), gate)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -66,6 +66,39 @@ def test_how_the_layers_are_run_changes_nothing(dit, switch):
     np.testing.assert_allclose(dit(*inputs(), **switch), dit(*inputs()), rtol=1e-4, atol=1e-5)
 
 
+def padded(rows, total=64):
+    """A text of `rows` rows, then zeros as Wan pads it."""
+    _, _, context = inputs()
+    return jnp.zeros((2, total, 16)).at[:, :rows].set(context[:, :rows])
+
+
+@pytest.mark.parametrize("kind", ["dense", "sla"])
+def test_padding_is_one_row_that_counts_often(dit, kind):
+    """The same function to float32 rounding; without the count it is another one."""
+    latents, timestep, _ = inputs()
+    attention, whole = AttentionConfig(kind, topk=0.5, block_q=8, block_k=8), padded(3)
+    full = dit(latents, timestep, whole, attention=attention)
+    for rows in (4, 9):
+        folded = dit(latents, timestep, whole[:, :rows], attention=attention, last_count=64 - rows + 1)
+        np.testing.assert_allclose(folded, full, rtol=1e-4, atol=1e-5)
+    uncounted = dit(latents, timestep, whole[:, :4], attention=attention)
+    assert float(jnp.abs(uncounted - full).max()) > 1e-2
+
+
+def test_folded_padding_has_the_same_derivatives(dit):
+    latents, timestep, _ = inputs()
+    whole, xla = padded(3), AttentionConfig(implementation="xla")
+
+    def derivatives(rows):
+        def velocity(x):
+            return dit(x, timestep, whole[:, :rows], attention=xla, last_count=64 - rows + 1)
+
+        return jax.grad(lambda x: jnp.sum(jnp.sin(velocity(x))))(latents), jax.jvp(velocity, (latents,), (latents,))[1]
+
+    for folded, full in zip(derivatives(4), derivatives(64), strict=True):
+        assert float(jnp.linalg.norm(folded - full) / jnp.linalg.norm(full)) < 1e-5
+
+
 def test_samples_of_a_batch_do_not_see_each_other(dit):
     latents, timestep, context = inputs()
     both = dit(latents, timestep, context)
@@ -122,6 +155,11 @@ def test_forward_mode_agrees_with_differences(dit):
 def test_wrong_shapes_are_named(dit, latents, context, words):
     with pytest.raises(ValueError, match=words):
         dit(jnp.zeros(latents), jnp.zeros(1), jnp.zeros(context))
+
+
+def test_a_last_row_that_counts_for_nothing_is_refused(dit):
+    with pytest.raises(ValueError, match="last_count is 0"):
+        dit(*inputs(), last_count=0)
 
 
 def test_parameter_counts_are_those_of_the_released_models():

@@ -41,9 +41,6 @@ Remat = Literal["none", "blocks", "keep_linear"]
 Activation = Any
 
 
-_EXACT_XLA = AttentionConfig(implementation="xla")
-
-
 class MLP(nnx.Module):
     """Two linear layers; the caller picks the activation."""
 
@@ -53,43 +50,80 @@ class MLP(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """q, k, v, o with RMS norm of q and k over the full width; heads split after it."""
+    """q, k, v, o and the scales of the RMS norms of q and k, which are over the full width: heads split after them."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, linear_branch: bool = False):
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, rngs=rngs, dtype=dtype) for _ in range(4))
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
         self.num_heads = config.num_heads
+
+    def heads(self, y: Float[Array, "B L D"]) -> Float[Array, "B L H d"]:
+        return rearrange(y, "b l (n d) -> b l n d", n=self.num_heads)
+
+    def onto(
+        self,
+        residual: Float[Array, "B L D"],
+        out: Float[Array, "B L H d"],
+        gate: Float[Array, "B 1 D"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """residual + gate * o(what attention gave)."""
+        return self.o.onto(residual, rearrange(out, "b l n d -> b l (n d)"), gate)
+
+
+class SelfAttention(Attention):
+    """Of tokens to each other, with rotary embedding; SLA's kinds may have a linear branch."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        super().__init__(config, rngs=rngs, dtype=dtype)
         # SLA's projection of the linear branch, shared by the heads and zero at first.
         self.proj_l = nnx.data(
-            Linear(config.head_dim, config.head_dim, rngs=rngs, dtype=dtype, scale=0.0) if linear_branch else None
+            Linear(config.head_dim, config.head_dim, rngs=rngs, dtype=dtype, scale=0.0)
+            if config.linear_branch
+            else None
         )
 
     def __call__(
         self,
         residual: Float[Array, "B L D"],
         x: Activation,
-        source: Activation,
         *,
-        rope: Rope | None = None,
-        attention: AttentionConfig = DENSE,
-        gate: Float[Array, "B 1 D"] | None = None,
+        rope: Rope,
+        attention: AttentionConfig,
+        gate: Float[Array, "B 1 D"],
     ) -> Float[Array, "B L D"]:
-        """residual + gate * attention of x over source."""
-
-        def heads(y: Float[Array, "B L D"]) -> Float[Array, "B L H d"]:
-            return rearrange(y, "b l (n d) -> b l n d", n=self.num_heads)
-
-        v = heads(self.v(source))
-        q, k = self.q(x), self.k(source)
-        if rope is None:
-            q, k = heads(self.norm_q(q)), heads(self.norm_k(k))
-        else:
-            q = kernels.rms_norm_rope(heads(q), self.norm_q.scale[...], *rope, eps=self.norm_q.eps)
-            k = kernels.rms_norm_rope(heads(k), self.norm_k.scale[...], *rope, eps=self.norm_k.eps)
+        """residual + gate * attention of x to itself."""
+        q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
+        q = kernels.rms_norm_rope(q, self.norm_q.scale[...], *rope, eps=self.norm_q.eps)
+        k = kernels.rms_norm_rope(k, self.norm_k.scale[...], *rope, eps=self.norm_k.eps)
         proj_l = None if self.proj_l is None else (self.proj_l.kernel[...].T, self.proj_l.bias[...])
-        out = attend(q, k, v, attention, proj_l)
-        return self.o.onto(residual, rearrange(out, "b l n d -> b l (n d)"), gate)
+        return self.onto(residual, attend(q, k, v, attention, proj_l), gate)
+
+
+class TextAttention(Attention):
+    """Of tokens to the rows of a text, exact."""
+
+    def __call__(
+        self,
+        residual: Float[Array, "B L D"],
+        x: Activation,
+        text: Float[Array, "B S D"],
+        *,
+        last_count: int,
+        implementation: Literal["xla"] | None,
+    ) -> Float[Array, "B L D"]:
+        """residual + attention of x to text, whose last row counts `last_count` times."""
+        q, k, v = self.q(x), self.k(text), self.heads(self.v(text))
+        if last_count == 1:
+            q, k = self.heads(self.norm_q(q)), self.heads(self.norm_k(k))
+            out = kernels.dense_attention(q, k, v, implementation=implementation)
+        else:
+            # q's norm needs no pass over q of its own: its scale goes into the few keys, and 1/rms into the softmax.
+            factor, k = self.norm_q.factor(q), self.norm_k(k, self.norm_q.scale[...])
+            out = kernels.text_attention(
+                self.heads(q), self.heads(k), v, q_factor=factor, last_count=last_count, implementation=implementation
+            )
+        return self.onto(residual, out)
 
 
 class FeedForward(nnx.Module):
@@ -109,9 +143,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.dim)) / config.dim**0.5)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, linear_branch=config.linear_branch)
+        self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype)
         self.cross_norm = LayerNorm(config.dim, config.eps)
-        self.cross_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.cross_attn = TextAttention(config, rngs=rngs, dtype=dtype)
         self.ffn = FeedForward(config, rngs=rngs, dtype=dtype)
         self.eps = config.eps
 
@@ -122,17 +156,19 @@ class Block(nnx.Module):
         context: Float[Array, "B S D"],
         rope: Rope,
         attention: AttentionConfig,
+        last_count: int = 1,
     ) -> Float[Array, "B L D"]:
+        """last_count: how many equal rows the last one of context stands for."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation[...] + time, 6, axis=1)
 
         eps, norm = self.eps, self.cross_norm
         h = self.self_attn.q.modulated(x, shift1, scale1, eps)
-        x = self.self_attn(x, h, h, rope=rope, attention=attention, gate=gate1)
+        x = self.self_attn(x, h, rope=rope, attention=attention, gate=gate1)
         # An affine norm is a modulation that does not depend on time.
         h = self.cross_attn.q.modulated(x, norm.bias[...], norm.scale[...] - 1.0, norm.eps)
         # Only "xla" means the same for exact attention: it is what forward mode needs, which cuDNN lacks.
-        exact = _EXACT_XLA if attention.implementation == "xla" else DENSE
-        x = self.cross_attn(x, h, context, attention=exact)
+        implementation = "xla" if attention.implementation == "xla" else None
+        x = self.cross_attn(x, h, context, last_count=last_count, implementation=implementation)
         return self.ffn(x, self.ffn.up.modulated(x, shift2, scale2, eps), gate2)
 
 
@@ -165,6 +201,7 @@ class WanDiT(nnx.Module):
         context: Float[Array | np.ndarray, "B S text_dim"],
         *,
         attention: AttentionConfig = DENSE,
+        last_count: int = 1,
         round_timestep: bool = False,
         unroll: bool | int = 1,
         remat: Remat = "none",
@@ -175,14 +212,18 @@ class WanDiT(nnx.Module):
             patch (1, 2, 2).
         timestep: in [0, 1000], 1000 = pure noise.
         context: text encoder output; callers pad it (Wan: to 512 rows of zeros), the model neither pads nor masks.
+        last_count: how many equal rows the last one of context stands for. Rows of padding are equal, and nothing tells
+            where a row stands, so that one of them, counted often, is the same function and not an approximation:
+            context[:, :S] with last_count 512 - S + 1, where all rows from S - 1 on are zeros. (W8A8 in tiles, whose
+            scales rows share, rounds them otherwise.)
         round_timestep: round the timestep to bfloat16 first, as TurboDiffusion's sampler does.
         unroll: layers per `lax.scan` step (True: a plain loop); remat: what the backward pass recomputes.
-        Raises ValueError for a shape that the model cannot take.
+        Raises ValueError for a shape that the model cannot take, or a last_count below 1.
         """
         latents, timestep, context = jnp.asarray(latents), jnp.asarray(timestep), jnp.asarray(context)
-        _check(latents.shape, context.shape, self.config)
+        _check(latents.shape, context.shape, last_count, self.config)
         graph, state = nnx.split(self)
-        options = _Options(attention, round_timestep, unroll, remat)
+        options = _Options(attention, last_count, round_timestep, unroll, remat)
         return _forward(state, latents, timestep, context, graph=graph, options=options)
 
     def embed_time(self, timestep: Float[Array, "B"]) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
@@ -199,6 +240,7 @@ class WanDiT(nnx.Module):
 
 class _Options(NamedTuple):
     attention: AttentionConfig
+    last_count: int
     round_timestep: bool
     unroll: bool | int
     remat: Remat
@@ -230,7 +272,7 @@ def _forward(
     block, layers = nnx.split(model.blocks)
 
     def layer(x: Array, layer_state: PyTree[Array]) -> tuple[Array, None]:
-        x = nnx.merge(block, gathered(layer_state))(x, time6, text, rope, options.attention)
+        x = nnx.merge(block, gathered(layer_state))(x, time6, text, rope, options.attention, options.last_count)
         return keep_batch(x), None
 
     body = layer
@@ -262,10 +304,12 @@ def unpatchify(
     )  # fmt: skip
 
 
-def _check(latents: tuple[int, ...], context: tuple[int, ...], config: DiTConfig) -> None:
+def _check(latents: tuple[int, ...], context: tuple[int, ...], last_count: int, config: DiTConfig) -> None:
     if len(latents) != 5 or latents[-1] != config.in_channels:
         raise ValueError(f"latents must be [B, t, h, w, {config.in_channels}], got {list(latents)}")
     if any(n % p for n, p in zip(latents[1:4], config.patch_size, strict=True)):
         raise ValueError(f"latents of {list(latents[1:4])} do not divide into patches of {config.patch_size}")
     if len(context) != 3 or context[-1] != config.text_dim:
         raise ValueError(f"context must be [B, tokens, {config.text_dim}], got {list(context)}")
+    if last_count < 1:
+        raise ValueError(f"last_count is {last_count}; the last row of context counts at least once")

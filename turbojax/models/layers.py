@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 
 class Linear(nnx.Module):
@@ -64,10 +64,15 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    def __call__(self, x: Float[Array, "*rows D"], extra: Float[Array, "D"] | None = None) -> Float[Array, "*rows D"]:
+        """extra: one more scale, multiplied before the one rounding to x's dtype."""
+        y = x.astype(jnp.float32) * self.factor(x)[..., None] * self.scale[...]
+        return (y if extra is None else y * extra).astype(x.dtype)
+
+    def factor(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows"]:
+        """1 / rms(x): what every row is multiplied by."""
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return jax.lax.rsqrt(jnp.mean(y * y, axis=-1) + self.eps)
 
 
 class LayerNorm(nnx.Module):
