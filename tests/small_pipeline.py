@@ -39,14 +39,14 @@ def module(shape: Any, seed: str, dtype: str = "float32") -> Any:
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def tokenizer() -> Tokenizer:
-    return train_tiny_tokenizer(["a red circle moving right", "a blue square moving left"], DEFAULTS["text_len"])
+def tokenizer(text_len: int = DEFAULTS["text_len"]) -> Tokenizer:
+    return train_tiny_tokenizer(["a red circle moving right", "a blue square moving left"], text_len)
 
 
 def pipeline(dit: DiTConfig = DIT, **changes: Any) -> Pipeline:
     settings = config(**changes)
     low = {} if settings.boundary is None else {"dit_low": module(dit, "low")}
-    parts = {"vae": module(VAE, "vae"), "text_encoder": module(TEXT, "text"), "tokenizer": tokenizer()}
+    parts = {"vae": module(VAE, "vae"), "text_encoder": module(TEXT, "text"), "tokenizer": tokenizer(settings.text_len)}
     return Pipeline(settings, dit=module(dit, "dit"), **low, **parts, name="small")
 
 

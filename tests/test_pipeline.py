@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import turbojax
 from turbojax.errors import UserError
 from turbojax.pipeline import Pipeline, draw_noise
 from turbojax.pipeline_config import PipelineConfig, find_pipeline
-from turbojax.programs import Programs
+from turbojax.programs import Programs, denoise
 from turbojax.samplers import flow, rcm
 from turbojax.settings import resolve
 
@@ -99,6 +100,80 @@ def test_guided_unipc_is_what_the_parts_give_by_hand(pipe, clip):
 def test_rcm_is_what_the_parts_give_by_hand(pipe):
     options = {"sampler": "rcm-sde", "steps": 2, "mid_times": (1.2,)}
     assert_same_picture(pipe.generate(PROMPT, seed=3, **options).frames, by_hand(pipe, PROMPT, 3, **options))
+
+
+FOLDED = {
+    "guided": (small_pipeline.DIT, {}),
+    "sla": (small_pipeline.DIT, {"sampler": "rcm-sde", "steps": 2, "attention": "sla", "topk": 0.5}),
+    "picture": (dataclasses.replace(small_pipeline.DIT, in_channels=12), {"steps": 2}),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_folded_padding_samples_the_same_latents(case):
+    """A prompt padded to 512 rows: 120 of them give the same to float32 rounding, and only if the last is counted."""
+    dit, options = FOLDED[case]
+    pipe = small_pipeline.pipeline(dit, text_len=512)
+    settings = resolve(pipe.spec, **options)
+    shape = pipe._latent_shape(settings)
+    noise, step_noise = draw_noise([1], shape, settings)
+    texts = [pipe.text_encoder(*pipe.tokenizer(text)) for text in (PROMPT, "a blue square")]
+    condition = (
+        np.random.default_rng(0).standard_normal((1, *shape[:-1], 8), np.float32) if pipe.spec.takes_image else None
+    )
+    graph, state = nnx.split(pipe.dit)
+
+    def latents(rows, text_rows):
+        context, negative = (text[:, :rows] for text in texts)
+        static = {"graphdefs": (graph,), "settings": settings, "tick": None, "text_rows": text_rows}
+        run = jax.jit(partial(denoise, **static))
+        return run((state,), context, negative if settings.guided else None, condition, noise, step_noise)
+
+    whole = latents(512, None)
+
+    def apart(other):
+        return float(jnp.linalg.norm(other - whole) / jnp.linalg.norm(whole))
+
+    assert apart(latents(512, 120)) < 1e-5
+    assert apart(latents(120, None)) > 1e-3
+
+
+def test_a_clip_of_folded_padding_is_what_the_parts_give_by_hand():
+    """They are given all 512 rows."""
+    pipe = small_pipeline.pipeline(text_len=512)
+    assert_same_picture(pipe.generate(PROMPT, seed=1).frames, by_hand(pipe, PROMPT, 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "rows"),
+    [
+        ([118], {}, 120),  # with </s> and one row of padding
+        ([119], {}, 248),
+        ([5, 246], {"batch_size": 2}, 248),
+        ([247], {}, 512),
+        ([600], {}, 512),
+        ([5], {"negative_prompt": "red " * 119}, 248),
+        ([5], {"guidance": 1.0}, 120),
+    ],
+)
+def test_as_few_rows_of_text_as_hold_every_prompt_of_a_batch(words, options, rows, monkeypatch):
+    """The negative prompt is one of them; a pipeline of fewer rows than the least number keeps its own."""
+
+    class Found(Exception):
+        pass
+
+    def prepare(*arguments):
+        raise Found(arguments[-1])
+
+    def found(text_len):
+        pipe = small_pipeline.pipeline(text_len=text_len)
+        monkeypatch.setattr(pipe, "_prepare", prepare)
+        with pytest.raises(Found) as caught:
+            pipe.generate(["red " * count for count in words], **options)
+        return caught.value.args[0]
+
+    assert found(512) == rows
+    assert found(32) == 32
 
 
 def test_two_experts_share_the_steps_at_the_boundary_each_with_its_guidance():

@@ -28,7 +28,7 @@ from turbojax.checkpoint import load_component
 from turbojax.errors import UserError
 from turbojax.image import Picture, open_image, resize_image
 from turbojax.pipeline_config import PipelineConfig, PipelineFolder, PipelineSpec, find_pipeline
-from turbojax.programs import Program, Programs, decode, denoise, encode_image, encode_text
+from turbojax.programs import Program, Programs, decode, denoise, encode_image, encode_text, text_rows_for
 from turbojax.progress import StepBar
 from turbojax.quant import block_linears, quantize_dit
 from turbojax.settings import Settings, check_image, check_prompts, check_seeds, pair_up, resolve
@@ -187,12 +187,14 @@ class Pipeline:
         experts = tuple(map(nnx.split, self._experts(settings.quant)))
         states = tuple(state for _, state in experts)
         noises = draw_noise([seed for _, seed in batch], self._latent_shape(settings), settings)
+        negatives = [settings.negative_prompt] * len(batch) if settings.guided else []
+        tokens = {prompt: self.tokenizer(prompt) for prompt in {*(prompt for prompt, _ in batch), *negatives}}
+        rows = text_rows_for(max(int(mask.sum()) for _, mask in tokens.values()), self.tokenizer.text_len)
         with clock.stage("compile"):
-            programs = self._prepare(text, experts, vae, settings, picture, noises)
+            programs = self._prepare(text, experts, vae, settings, picture, noises, rows)
         with clock.stage("text"):
-            negatives = [settings.negative_prompt] * len(batch) if settings.guided else []
-            for prompt in {*(prompt for prompt, _ in batch), *negatives} - contexts.keys():
-                contexts[prompt] = programs["text"](text[1], *self.tokenizer(prompt))
+            for prompt in tokens.keys() - contexts.keys():
+                contexts[prompt] = programs["text"](text[1], *tokens[prompt])
             context = jnp.concatenate([contexts[prompt] for prompt, _ in batch])
             negative = jnp.concatenate([contexts[prompt] for prompt in negatives]) if negatives else None
             jax.block_until_ready((context, negative))
@@ -208,9 +210,9 @@ class Pipeline:
             return np.asarray(programs["vae"](vae[1], latents))
 
     def _prepare(
-        self, text: Any, experts: Any, vae: Any, settings: Settings, picture: Picture | None, noises: Any
+        self, text: Any, experts: Any, vae: Any, settings: Settings, picture: Picture | None, noises: Any, rows: int
     ) -> dict[str, Program]:
-        """The programs of one batch, compiled; each module comes as (graphdef, state)."""
+        """The programs of one batch, compiled; each module comes as (graphdef, state). rows: of text that matter."""
         batch, programs = settings.batch_size, {}
         encoded = programs["text"] = self._programs.get(encode_text, text[1], *self.tokenizer(""), graphdef=text[0])
         context = jax.ShapeDtypeStruct((batch, *encoded.out_info.shape[1:]), encoded.out_info.dtype)
@@ -231,6 +233,7 @@ class Pipeline:
             # A call back to Python costs a small model a tenth of a step.
             tick=self._bar.tick if self._bar.shown else None,
             offload=self.offload,
+            text_rows=rows,
         )
         programs["vae"] = self._programs.get(decode, vae[1], programs["dit"].out_info, graphdef=vae[0])
         for program in programs.values():

@@ -134,6 +134,7 @@ def plan(model: str, device: str, **options: Any) -> Plan:
 
     model: a preset, a shipped model or a converted folder. device: one of DEVICES. options: as `Pipeline.generate`
         takes them (size, frames, steps, quant, attention, topk, ...). A preset is planned as FEW_STEP says.
+    The prompt is the longest: a shorter one, whose padding counts as one row, takes no more.
     Raises UserError for a request that cannot be met, a device that is unknown, or a missing `aot` extra.
     """
     if device not in DEVICES:

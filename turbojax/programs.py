@@ -24,6 +24,15 @@ from turbojax.settings import Settings
 # Above this, the VAE streams the frames instead of seeing the whole sequence at once, with the same result.
 _WHOLE_SEQUENCE_BYTES = 2**30
 
+# Rows of context that the DiT is given where they hold the text: few numbers, as each is a program of its own. The
+# kernel on Hopper takes 64n columns, at most 256, and the row of padding has one for each power of two in its count.
+TEXT_ROWS = (120, 248)
+
+
+def text_rows_for(tokens: int, text_len: int) -> int:
+    """The least of TEXT_ROWS with room for `tokens` (</s> included) and a row of padding; text_len where none is."""
+    return next((rows for rows in TEXT_ROWS if tokens < rows < text_len), text_len)
+
 
 def encode_text(state: Any, ids: Int[Array, "B L"], mask: Int[Array, "B L"], *, graphdef: Any) -> Float[Array, "B L D"]:
     """Text features, zeros where the mask is 0: the DiT attends to those rows, as Wan does."""
@@ -42,6 +51,7 @@ def denoise(
     settings: Settings,
     tick: Callable[[object], None] | None,
     offload: bool = False,
+    text_rows: int | None = None,
 ) -> Float[Array, "B t h w C"]:
     """The sampler's whole loop: noise to clean latents.
 
@@ -49,14 +59,19 @@ def denoise(
     offload: the states lie in host memory, and each comes to the device when its turn is there, not before.
     negative: context that guidance steers away from; None without guidance.
     condition: mask and picture channels of image to video. tick: called on the host after every step; None: nothing is.
+    text_rows: context and negative are zeros from the last of these rows on, which are all that the DiT is given:
+        the result is the same. None: it is given all.
     """
     low, high = settings.guidance
+    padded, context = context.shape[1], context[:, :text_rows]
+    negative = None if negative is None else negative[:, :text_rows]
+    last_count = padded - context.shape[1] + 1
 
     def enter(expert: int, x: Array) -> Callable[[Array, Any], Array]:
         """The velocity of an expert whose first step starts from x."""
         state = _fetch(states[expert], x) if offload else states[expert]
         dit = nnx.merge(graphdefs[expert], state)
-        return _velocity(dit, (high, low)[expert], context, negative, condition, settings)
+        return _velocity(dit, (high, low)[expert], context, negative, condition, settings, last_count)
 
     def on_step(_: Any, x: Array) -> None:
         if tick is not None:
@@ -99,17 +114,19 @@ def _velocity(
     negative: Float[Array, "B L D"] | None,
     condition: Float[Array, "B t h w K"] | None,
     settings: Settings,
+    last_count: int,
 ) -> Callable[[Array, Any], Array]:
     """The velocity field of one expert under one guidance, for all prompts of the batch."""
     is_guided, texts, picture = False, context, condition
     if guidance != 1.0 and negative is not None:
         is_guided, texts = True, jnp.concatenate([context, negative])
         picture = None if condition is None else jnp.concatenate([condition, condition])
+    options = {"attention": settings.attention, "round_timestep": settings.round_timestep}
 
     def velocity(x: Array, s: Any) -> Array:
         inputs = x if picture is None else jnp.concatenate([x, picture], axis=-1)
         timestep = jnp.full(len(inputs), 1000.0 * s, jnp.float32)
-        return dit(inputs, timestep, texts, attention=settings.attention, round_timestep=settings.round_timestep)
+        return dit(inputs, timestep, texts, last_count=last_count, **options)
 
     return flow.guided(velocity, guidance) if is_guided else velocity
 
