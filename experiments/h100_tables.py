@@ -35,11 +35,13 @@ on the card. "sagesla" is in blocks of 64x128, as TurboDiffusion has it on this 
 16-bit attention took the maximum during P V, which alone takes 3 to 4% less since. The baseline is ours: dense bf16
 (cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed, before
 the other columns, and scaled to 50. "Memory" is arguments plus temporaries of the fastest program, as the compiler
-counts them.
+counts them.{text}
 
 | row | baseline, 50 steps | {rungs} | best speed-up | memory |
 |---|---|{rules}|---|---|
 """
+FOLDED = """ Prompts of up to {tokens} tokens:
+their padding to 512 rows is folded into one, exactly, in all columns but the baseline's."""
 BACKWARD = """
 ## Backward
 
@@ -82,6 +84,15 @@ and "sagesla" include quantisation, routing and the linear branch.
 | op | ms | against cuDNN |
 |---|---|---|
 """
+TEXT = """
+## Text attention
+
+Milliseconds of cross-attention, same shape. Padding to 512 rows is one key that counts often; q's norm and the largest
+output of each token are included, which cuDNN's attention to all of the padding lacks.
+
+| op | ms | against cuDNN |
+|---|---|---|
+"""
 LINEAR = """
 ## W8A8 products
 
@@ -106,7 +117,9 @@ def footnotes(notes: set[str]) -> tuple[dict[str | None, str], str]:
 
 def rows_table(data: dict[str, Any]) -> str:
     rungs = [k for k, v in data["rows"][0].items() if isinstance(v, dict) and k != "baseline"]
-    lines = [ROWS.format(rungs=" | ".join(rungs), rules="|".join(["---"] * len(rungs)))]
+    folded = {row["text_rows"] for row in data["rows"] if row.get("text_rows", 512) < 512}
+    text = FOLDED.format(tokens=max(folded) - 1) if folded else ""
+    lines = [ROWS.format(rungs=" | ".join(rungs), rules="|".join(["---"] * len(rungs)), text=text)]
     marks, below = footnotes(
         {row[rung]["note"] for row in data["rows"] for rung in rungs if "note" in row.get(rung, {})}
     )
@@ -126,10 +139,22 @@ def attention_table(data: dict[str, Any]) -> str:
     marks, below = footnotes({r["note"] for r in data["rows"] if "note" in r})
     lines = [ATTENTION]
     for row in data["rows"]:
+        if row["name"].startswith("text "):
+            continue
         # Beside cuDNN of its own run, where that is another one.
         ratio = row.get("cudnn_ms", cudnn) / row["ms"]
         lines.append(f"| {row['name']} | {row['ms']:.2f}{marks[row.get('note')]} | {ratio:.1f}x |\n")
     return "".join(lines) + below
+
+
+def text_table(data: dict[str, Any]) -> str:
+    """Attention to a prompt, beside cuDNN's to all of its padding; nothing where it was not measured."""
+    times = {row["name"]: row["ms"] for row in data["rows"] if row["name"].startswith("text ")}
+    whole = next((ms for name, ms in times.items() if name.startswith("text cudnn")), None)
+    if not times:
+        return ""
+    ratios = {name: f"{whole / ms:.1f}x" if whole else "-" for name, ms in times.items()}
+    return TEXT + "".join(f"| {name} | {ms:.3f} | {ratios[name]} |\n" for name, ms in times.items())
 
 
 def backward_table(data: dict[str, Any]) -> str:
@@ -195,6 +220,7 @@ def main() -> None:
         INTRO.format(**rows),
         rows_table(rows),
         attention_table(read("attention")),
+        text_table(read("attention")),
         backward_table(read("backward")),
     ]
     parts += [linear_table(read("linear")), ends_table(read("ends")), checks_text(read("checks"))]
