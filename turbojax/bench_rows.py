@@ -3,7 +3,8 @@
     python -m turbojax.bench_rows --json rows.json [--rows 1.3b-480p 14b-480p 14b-720p i2v-14b-720p]
 
 Times are of the DiT alone, whole sampler in one program. The dense baseline (bf16, cuDNN attention, condition and
-unconditional batched) is timed over 2 steps and scaled to 50, which the output says.
+unconditional batched) is timed over 2 steps and scaled to 50, which the output says. The prompt has at most 119 tokens:
+its padding to 512 rows is one row that counts often, as in `Pipeline`, but for the baseline, which has all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from flax import nnx
 from turbojax.attention import AttentionConfig
 from turbojax.config import PRESETS, Preset
 from turbojax.models.dit import WanDiT
+from turbojax.programs import TEXT_BUCKETS
 from turbojax.quant import quantize_dit
 from turbojax.samplers import flow, rcm
 
@@ -142,8 +144,15 @@ def latent_shape(preset: Preset, size: tuple[int, int], frames: int = FRAMES) ->
     return 1, t, height // vae.spatial_stride, width // vae.spatial_stride, vae.z_dim
 
 
+def padded_text(preset: Preset, text_rows: int) -> jax.Array:
+    """Random features of a prompt, zeros from the last of `text_rows` on, as the text encoder pads them."""
+    context = jax.random.normal(jax.random.key(3), (1, preset.text_len, preset.dit.text_dim), jnp.bfloat16)
+    return context.at[:, text_rows - 1 :].set(0)
+
+
 def sampler(preset: Preset, graphdef: Any, attention: AttentionConfig, guided: bool, boundary: bool) -> Callable:
-    """The whole few-step sampler, or TIMED_STEPS of the guided baseline, over (states, noise, step_noise, context)."""
+    """The whole few-step sampler, or TIMED_STEPS of the guided baseline, over (states, noise, step_noise, context,
+    condition). Of context the first rows may be given: the last one counts for those up to text_len."""
 
     def velocities(states: tuple[Any, ...], context: jax.Array, condition: jax.Array | None) -> list[Callable]:
         def velocity(state: Any) -> Callable:
@@ -152,7 +161,8 @@ def sampler(preset: Preset, graphdef: Any, attention: AttentionConfig, guided: b
             def at(x: jax.Array, s: Any) -> jax.Array:
                 inputs = x if condition is None else jnp.concatenate([x, jnp.repeat(condition, len(x), 0)], axis=-1)
                 timestep = jnp.full(len(x), 1000.0 * s, jnp.float32)
-                return dit(inputs, timestep, jnp.repeat(context, len(x), 0), attention=attention)
+                texts, last_count = jnp.repeat(context, len(x), 0), preset.text_len - context.shape[1] + 1
+                return dit(inputs, timestep, texts, attention=attention, last_count=last_count)
 
             return at
 
@@ -181,16 +191,21 @@ def measure(
     repeats: int,
     baseline: bool,
     profile: bool = False,
+    text_rows: int = TEXT_BUCKETS[0],
 ) -> dict:
-    """Seconds and memory of the baseline and of every rung; a rung that fails says why and the others go on."""
+    """Seconds and memory of the baseline and of every rung; a rung that fails says why and the others go on.
+
+    text_rows: of the prompt, that the rungs are given; the baseline has all.
+    """
     preset = PRESETS[row.preset]
     shape = latent_shape(preset, row.size)
     extra = preset.dit.in_channels - shape[-1]
     condition = jnp.zeros((*shape[:-1], extra), jnp.float32) if extra else None
     noise = jax.random.normal(jax.random.key(1), shape)
     step_noise = jax.random.normal(jax.random.key(2), (4, *shape))
-    context = jax.random.normal(jax.random.key(3), (1, preset.text_len, preset.dit.text_dim), jnp.bfloat16)
+    context = padded_text(preset, text_rows)
     out: dict[str, Any] = {"row": name, "preset": row.preset, "size": row.size, "frames": FRAMES}
+    out["text_rows"] = text_rows
     jobs = [("baseline", AttentionConfig("dense"), False, True)] if baseline else []
     jobs += [(rung, attention, quantized, False) for rung, (attention, quantized) in rungs.items()]
     held: dict[tuple[bool, bool, int], Any] = {}
@@ -206,8 +221,9 @@ def measure(
                 config = dataclasses.replace(preset.dit, linear_branch=linear_branch)
                 held[key] = [random_dit(config, quantized, seed) for seed in range(experts)]
             graphdef, states = held[key][0][0], tuple(state for _, state in held[key])
+            text = context if guided else context[:, :text_rows]
             out[rung] = _rung(preset, graphdef, states, attention, guided, repeats,
-                              (noise, step_noise, context, condition), profile)  # fmt: skip
+                              (noise, step_noise, text, condition), profile)  # fmt: skip
         except Exception as error:
             out[rung] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         print(name, rung, json.dumps(out[rung]), flush=True)
@@ -246,13 +262,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--profile", action="store_true", help="run once more, and say where the time goes by kernel")
+    parser.add_argument(
+        "--text-rows", type=int, default=TEXT_BUCKETS[0], help="rows of text of the rungs; 512: unfolded"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    most = min(PRESETS[ROWS[name].preset].text_len for name in args.rows)
+    if not 1 <= args.text_rows <= most:
+        parser.error(f"--text-rows must be from 1 to {most}, got {args.text_rows}")
     device = jax.devices()[0]
     results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "rows": []}
     for name in args.rows:
         rungs = {rung: LADDER[rung] for rung in args.rungs}
-        results["rows"].append(measure(name, ROWS[name], rungs, args.repeats, not args.no_baseline, args.profile))
+        options = {"profile": args.profile, "text_rows": args.text_rows}
+        results["rows"].append(measure(name, ROWS[name], rungs, args.repeats, not args.no_baseline, **options))
         if args.json:
             partial = args.json.with_suffix(".partial")
             partial.write_text(json.dumps(results, indent=2) + "\n")

@@ -26,12 +26,12 @@ _WHOLE_SEQUENCE_BYTES = 2**30
 
 # Rows of context that the DiT is given where they hold the text: few numbers, as each is a program of its own. The
 # kernel on Hopper takes 64n columns, at most 256, and the row of padding has one for each power of two in its count.
-TEXT_ROWS = (120, 248)
+TEXT_BUCKETS = (120, 248)
 
 
 def text_rows_for(tokens: int, text_len: int) -> int:
-    """The least of TEXT_ROWS with room for `tokens` (</s> included) and a row of padding; text_len where none is."""
-    return next((rows for rows in TEXT_ROWS if tokens < rows < text_len), text_len)
+    """The least of TEXT_BUCKETS that holds `tokens` (</s> included) and a row of padding; text_len where none does."""
+    return next((rows for rows in TEXT_BUCKETS if tokens < rows < text_len), text_len)
 
 
 def encode_text(state: Any, ids: Int[Array, "B L"], mask: Int[Array, "B L"], *, graphdef: Any) -> Float[Array, "B L D"]:
