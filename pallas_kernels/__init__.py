@@ -4,6 +4,7 @@ from pallas_kernels.block_map import sla_block_map as sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from pallas_kernels.dense_attention import dense_attention as dense_attention
 from pallas_kernels.int8_linear import int8_linear as int8_linear
+from pallas_kernels.int8_linear import rounds_rows as rounds_rows
 from pallas_kernels.norm_modulate_quantize import norm_modulate_quantize as norm_modulate_quantize
 from pallas_kernels.quantize import (
     quantize_blockwise as quantize_blockwise,

@@ -24,7 +24,7 @@ Shape = jax.ShapeDtypeStruct
 
 def compile_cases() -> list[Case]:
     """Every linear kernel, every granularity and every epilogue."""
-    return [*_products(), *_quantisers(), *_rotations()]
+    return [*_products(), *_handed_on(), *_quantisers(), *_rotations()]
 
 
 def memory_cases() -> list[Case]:
@@ -66,6 +66,30 @@ def _products():
                 )
 
 
+def _handed_on():
+    """A product that tells of its rows, and one that rounds rows of which it was told."""
+    tokens, width, hidden, _ = MODELS["1.3b"]
+    for measure, n in (("amax", hidden), ("squares", width)):
+        scales = [Shape((n,), jnp.float32), Shape((tokens,), jnp.float32)]
+        args = [Shape((tokens, width), jnp.int8), Shape((n, width), jnp.int8), *scales, Shape((n,), jnp.bfloat16)]
+        fn = partial(_product, gelu=measure == "amax", measure=measure)
+        yield Case(f"int8_linear_{measure}_1.3b_{width}_{n}", fn, args, ("h100",))
+    for k in (hidden, width):
+        yield Case(f"int8_linear_rounding_1.3b_{k}_{width}", _rounding, _rounding_args(tokens, k, width), ("h100",))
+
+
+def _rounding_args(tokens, k, n):
+    x, weight_q = Shape((tokens, k), jnp.bfloat16), Shape((n, k), jnp.int8)
+    vectors = [Shape((n,), jnp.float32), Shape((tokens,), jnp.float32), Shape((n,), jnp.bfloat16)]
+    return [x, weight_q, *vectors, Shape((tokens, n), jnp.bfloat16), Shape((n,), jnp.float32)]
+
+
+def _rounding(x, weight_q, weight_scale, x_amax, bias, residual, gate):
+    return int8_linear(
+        x, weight_q, weight_scale, bias, x_amax=x_amax, residual=residual, gate=gate, implementation="mosaic_gpu"
+    )
+
+
 def _quantisers():
     for model, (tokens, width, hidden, _) in MODELS.items():
         for columns in (width, hidden):
@@ -87,7 +111,19 @@ def _rotations():
         yield Case(f"rms_norm_rope_{model}_{heads}_heads", fn, args, TARGETS_OF[model])
 
 
-def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None, *, gelu, implementation="mosaic_gpu"):
+def _product(
+    x,
+    weight_q,
+    weight_scale,
+    x_scale,
+    bias,
+    residual=None,
+    gate=None,
+    *,
+    gelu,
+    measure=None,
+    implementation="mosaic_gpu",
+):
     return int8_linear(
         x,
         weight_q,
@@ -97,6 +133,7 @@ def _product(x, weight_q, weight_scale, x_scale, bias, residual=None, gate=None,
         activation="gelu_tanh" if gelu else None,
         residual=residual,
         gate=gate,
+        measure=measure,
         implementation=implementation,
     )
 

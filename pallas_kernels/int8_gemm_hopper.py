@@ -2,7 +2,8 @@
 
 A block computes tiles of [128, tile_n]: two warpgroups multiply, 64 rows each, while a third streams operands
 through a ring of `stages` slots and runs ahead into the next tile during the epilogue. Two blocks may form a cluster
-along M that shares each weight tile by multicast.
+along M that shares each weight tile by multicast. Where the rows' maxima are known x may be bfloat16: three of the
+loading warpgroup's warps then round it (`_hopper_round_ahead`).
 
 Why these shapes (H100: 132 SMs, 4,096 INT8 multiply-adds a cycle and SM):
 - a [128, 256] tile of 128 deep is 1,024 cycles of tensor core against 48 KiB from L2, 48 B a cycle and SM. L2 gives
@@ -19,6 +20,8 @@ All but the first (bytes: 0.05 ms) are bound by wgmma; bf16 takes at least twice
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +30,12 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels import _plgpu as plgpu
+from pallas_kernels._hopper_round_ahead import UNIT, fence_before_tma, round_rows
 from pallas_kernels.dispatch import core_count
 from pallas_kernels.int8_epilogue import epilogue
-from pallas_kernels.rounding import BLOCK
+from pallas_kernels.quantize_kernels import rounded_to_int8
+from pallas_kernels.rounding import AMAX_FLOOR, BLOCK, INT8_MAX_TOKEN
+from pallas_kernels.row_measures import MEASURES, Measure
 
 WARPGROUPS = 2
 ROWS = 64
@@ -50,6 +56,16 @@ class HopperTiles:
     group: int = 8
 
 
+class Registers(NamedTuple):
+    """Of a thread that multiplies and of one that loads: a block has 3 times 168, two parts of the first."""
+
+    multiplying: int
+    loading: int
+
+
+LOADING, ROUNDING = Registers(232, 40), Registers(200, 104)
+
+
 def supports_hopper(n: int, k: int, dtype: DTypeLike) -> str | None:
     """Why this kernel cannot run a product of this shape, or None if it can."""
     columns = BLOCK // jnp.dtype(dtype).itemsize
@@ -61,15 +77,21 @@ def supports_hopper(n: int, k: int, dtype: DTypeLike) -> str | None:
 
 
 def hopper_gemm(
-    x, weight, x_scale, weight_scale, bias, residual, gate, *, activation, dtype, tiles: HopperTiles, interpret
-):
-    """[M, K] int8 and [N, K] int8 to [M, N] dtype. x_scale [M] and weight_scale [N], or both in 128x128 blocks."""
+    x, weight, x_scale, weight_scale, bias, residual, gate, *, activation, dtype, tiles: HopperTiles, interpret,
+    x_amax=None, measure: Measure | None = None,
+):  # fmt: skip
+    """[M, K] int8 and [N, K] int8 to ([M, N] dtype, measure of each row of it: float32 [M] or None).
+
+    x_scale [M] and weight_scale [N], or both in 128x128 blocks. With x_amax [M], the largest magnitudes of its rows, x
+    is bfloat16, x_scale None, and the rows are rounded to INT8 while others of them are multiplied.
+    """
     rows = x.shape[0]
     # Tiles in memory are 8 rows high. Every Wan shape is a multiple; others pay for a copy.
     padding = (0, -rows % 8), (0, 0)
     x, residual = jnp.pad(x, padding), None if residual is None else jnp.pad(residual, padding)
     (m, k), n = x.shape, weight.shape[0]
-    blocks = weight_scale.ndim == 2
+    # The interpreter has no semaphores: there the rows are rounded before.
+    blocks, ahead = weight_scale.ndim == 2, x_amax is not None and not interpret
     tile_n, stages, cluster = tiles.tile_n, tiles.stages, 1 if interpret else tiles.cluster
     epilogue_n = BLOCK // jnp.dtype(dtype).itemsize  # a row of 128 bytes: the widest swizzle
     k_steps = pl.cdiv(k, TILE_K)
@@ -83,6 +105,13 @@ def hopper_gemm(
     # Vectors cover whole tiles: loads into registers are not clipped.
     columns = (0, padded_n - n)
     operands = {"x": x, "weight": weight, "bias": jnp.pad(bias, columns)}
+    if x_amax is not None:
+        amax = jnp.maximum(x_amax, AMAX_FLOOR)
+        x_scale, inverse = amax / INT8_MAX_TOKEN, jnp.pad(INT8_MAX_TOKEN / amax, (0, m - rows))
+        if ahead:
+            operands["inverse"] = inverse
+        else:
+            operands["x"] = rounded_to_int8(x.astype(jnp.float32) * inverse[:, None])
     operands["x_scale"] = x_scale if blocks else jnp.pad(x_scale, (0, m_tiles * TILE_M * cluster - rows))
     operands |= {"weight_scale": weight_scale} if blocks else {"column_scale": jnp.pad(column_scale, columns)}
     if residual is not None:
@@ -90,11 +119,15 @@ def hopper_gemm(
     if gate is not None:
         operands["gate"] = jnp.pad(gate.astype(jnp.float32), columns)
 
+    how: Any = None if measure is None else MEASURES[measure]
+    registers = ROUNDING if ahead else LOADING
     vectors = ["bias"] if blocks else ["bias", "column_scale"]
 
     def body(*refs):
-        ref = dict(zip([*operands, "out", *scratch], refs, strict=True))
+        ref = dict(zip([*operands, *outputs, *scratch], refs, strict=True))
         warpgroup = lax.axis_index("wg")
+        integers = ref["integers" if ahead else "x"]
+        finished = pl.get_global(plgpu.SemaphoreType.REGULAR((m_tiles,))) if ahead else None
 
         def tile_loop(f):
             """f(index, row, column): of this block's tiles the how-manieth, and its first row and column."""
@@ -106,11 +139,13 @@ def hopper_gemm(
                     mi = mi * cluster + lax.axis_index("cluster")
                 f(loop.local_index, mi * TILE_M, ni * tile_n)
 
-        @pl.when(warpgroup == WARPGROUPS)
-        def _produce():
-            plgpu.set_max_registers(40, action="decrease")
-
+        def produce():
             def tile(index, row, column):
+                if finished is not None:
+                    units = jnp.minimum(TILE_M, m - row) // UNIT
+                    plgpu.semaphore_wait(finished.at[row // TILE_M], units, decrement=False, memory_scope="gpu")
+                    fence_before_tma()
+
                 @pl.loop(0, k_steps)
                 def _(i):
                     step = index * k_steps + i
@@ -122,7 +157,7 @@ def hopper_gemm(
 
                     depth = pl.ds(i * TILE_K, TILE_K)
                     full = ref["full"].at[slot]
-                    plgpu.copy_gmem_to_smem(ref["x"].at[pl.ds(row, TILE_M), depth], ref["x_smem"].at[slot], full)
+                    plgpu.copy_gmem_to_smem(integers.at[pl.ds(row, TILE_M), depth], ref["x_smem"].at[slot], full)
                     plgpu.copy_gmem_to_smem(
                         ref["weight"].at[pl.ds(column, tile_n), depth],
                         ref["w_smem"].at[slot],
@@ -156,9 +191,24 @@ def hopper_gemm(
                 def _():
                     plgpu.barrier_wait(ref["empty"].at[lax.rem(jnp.maximum(total - stages, 0) + i, stages)])
 
+        @pl.when(warpgroup == WARPGROUPS)
+        def _fill():
+            plgpu.set_max_registers(registers.loading, action="decrease")
+            if not ahead:
+                produce()
+                return
+
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp == 0)(produce)
+
+                @pl.when(warp > 0)
+                def _():
+                    round_rows(ref["x"], ref["inverse"], ref["integers"], finished, tile=TILE_M)
+
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(registers.multiplying, action="increase")
             rows = pl.ds(warpgroup * ROWS, ROWS)
 
             def operands_of(slot):
@@ -227,6 +277,7 @@ def hopper_gemm(
                             columns = pl.ds(column + part * epilogue_n, epilogue_n)
                             plgpu.async_prefetch(ref["residual"].at[out_rows, columns])
                 total, row_scale = (rescaled if blocks else channels)(row, column, index * k_steps)
+                measured = []
                 plgpu.barrier_wait(ref["vectors_full"])
                 for part in range(parts):
                     slot = warpgroup * SLOTS + part % SLOTS
@@ -251,17 +302,23 @@ def hopper_gemm(
                         dtype=dtype,
                         layout=plgpu.Layout.WGMMA,
                     )
-                    stage[...] = y.astype(dtype)
+                    y = y.astype(dtype)
+                    if how is not None:
+                        measured.append(how.each(y))
+                    stage[...] = y
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(stage, ref["out"].at[out_rows, columns])
                     if residual is not None and part + SLOTS < parts:
                         fetch(part + SLOTS)
                 plgpu.barrier_arrive(ref["vectors_free"])
+                if how is not None:
+                    of_rows = how.reduce(functools.reduce(how.join, measured), axis=1)
+                    ref["measured"].at[column // tile_n, out_rows][...] = of_rows.astype(jnp.float32)
 
             tile_loop(tile)
             plgpu.wait_smem_to_gmem(0)
 
-    body.__name__ = f"int8_gemm_{'blocks' if blocks else 'channels'}"
+    body.__name__ = f"int8_gemm_{'blocks' if blocks else 'channels'}" + "_rounding" * ahead
     ctas = min(core_count() // cluster, m_tiles * n_tiles)
     barrier = plgpu.Barrier
     if cluster > 1:
@@ -279,18 +336,24 @@ def hopper_gemm(
         "vectors_free": barrier(num_arrivals=WARPGROUPS),
     }
     scratch |= {f"{name}_smem": plgpu.SMEM((tile_n,), operands[name].dtype) for name in vectors}
-    return plgpu.kernel(
+    outputs = {"out": jax.ShapeDtypeStruct((m, n), dtype)}
+    if how is not None:
+        outputs["measured"] = jax.ShapeDtypeStruct((n_tiles, m_tiles * TILE_M * cluster), jnp.float32)
+    if ahead:
+        outputs["integers"] = jax.ShapeDtypeStruct((m, k), jnp.int8)
+    out, *more = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, n), dtype),
+        out_type=tuple(outputs.values()),
         grid=(2 if interpret else ctas,),
         grid_names=("cta",),
         **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=list(scratch.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(*operands.values())[:rows]
+    )(*operands.values())
+    return out[:rows], None if how is None else how.reduce(more[0], axis=0)[:rows]
 
 
 def _awaited(multiply, shape):

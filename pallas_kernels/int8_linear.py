@@ -12,7 +12,7 @@ The granularity follows from the shape of `weight_scale`:
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Num
 
+from pallas_kernels._hopper_round_ahead import supports_rounding_ahead
 from pallas_kernels.dispatch import dispatch, gpu_arch
 from pallas_kernels.int8_gemm_hopper import HopperTiles, hopper_gemm, supports_hopper
 from pallas_kernels.int8_gemm_portable import PortableTiles, portable_gemm, supports_portable
-from pallas_kernels.quantize import quantize_blockwise, quantize_per_token
+from pallas_kernels.quantize import quantize_blockwise, quantize_per_token, rows_xla
 from pallas_kernels.rounding import BLOCK, rounded
+from pallas_kernels.row_measures import MEASURES, Measure, measure_rows
 from pallas_kernels.tuning import tiles
 
 HOPPER = (9, 0)
@@ -35,7 +37,7 @@ MAX_K = 2**31 // (128 * 128) - 1
 XLA_CHUNK = 2**24
 
 
-@partial(jax.jit, static_argnames=("activation", "out_dtype", "implementation"))
+@partial(jax.jit, static_argnames=("activation", "out_dtype", "measure", "implementation"))
 def int8_linear(
     x: Num[Array, "*batch K"],
     weight_q: Int8[Array, "N K"],
@@ -43,22 +45,30 @@ def int8_linear(
     bias: Float[Array, " N"] | None = None,
     *,
     x_scale: Float[Array, "..."] | None = None,
+    x_amax: Float[Array, "*batch"] | None = None,
     activation: Activation = None,
     residual: Float[Array, "*batch N"] | None = None,
     gate: Float[Array, "..."] | None = None,
     out_dtype: DTypeLike | None = None,
+    measure: Measure | None = None,
     implementation: str | None = None,
-) -> Float[Array, "*batch N"]:
+) -> Any:
     """activation(x @ weight.T + bias), then residual + gate * that where a residual is given.
 
     x: any float dtype, quantised here; or int8 with its `x_scale`, as `norm_modulate_quantize` and the quantisers
         return it ([*batch] for weight_scale [N]; [ceil(M/128), ceil(K/128)], M the product of batch, for tiles).
+    x_amax: the largest magnitude of each row of a float x, where it is known and weight_scale is [N]: the same numbers,
+        but the rows are rounded during the product where that is faster (`rounds_rows`).
     weight_q: [N, K], out by in, as torch stores it. weight_scale: [N] or [ceil(N/128), ceil(K/128)], float32.
     gate: anything that broadcasts against the output, [B, 1, N] in the DiT. Needs `residual`.
     out_dtype: of the result; default x's, or the residual's or bfloat16 when x is int8.
+    measure: return also, float32 [*batch], the largest magnitude of each row of the result ("amax") or the sum of its
+        squares ("squares"), as rounded to its dtype.
+    Returns [*batch, N], or that and the measure.
     Not differentiable: raises NotImplementedError under `jax.grad` or `jax.jvp` with respect to x.
     """
     n, k = _check(x, weight_q, weight_scale, bias, x_scale, activation, residual, gate)
+    _check_rows(x, weight_scale, x_amax, measure)
     if out_dtype is None:
         if jnp.issubdtype(x.dtype, jnp.floating):
             out_dtype = x.dtype
@@ -68,7 +78,10 @@ def int8_linear(
     batch = x.shape[:-1]
     x = _no_derivative(x)
     rows = x.reshape(-1, k)
-    if x_scale is None:
+    ahead = None
+    if x_amax is not None and rounds_rows(n, k, x.dtype):
+        ahead = x_amax.reshape(-1).astype(jnp.float32)
+    elif x_scale is None:
         quantize = quantize_blockwise if weight_scale.ndim == 2 else quantize_per_token
         # "xla" is forced throughout; a kernel is forced for the product alone.
         rows, x_scale = quantize(rows, implementation="xla" if implementation == "xla" else None)
@@ -77,7 +90,8 @@ def int8_linear(
     # A gate that is the same for all rows is part of the kernels; any other is applied outside.
     fused = residual is not None and (gate is None or gate.size == n)
     product = dtype if fused or residual is None or weight_scale.ndim == 2 else jnp.float32
-    y = dispatch(
+    inside = measure if fused or residual is None else None
+    y, measured = dispatch(
         "int8_linear",
         implementation,
         (
@@ -88,13 +102,25 @@ def int8_linear(
             bias,
             residual.reshape(-1, n) if residual is not None and fused else None,
             gate.reshape(n) if fused and gate is not None else None,
+            ahead,
         ),
-        xla=partial(_xla, activation=activation, dtype=product),
-        kernel=partial(_kernel, activation=activation, dtype=product),
+        xla=partial(_xla, activation=activation, dtype=product, measure=inside),
+        kernel=partial(_kernel, activation=activation, dtype=product, measure=inside),
         unsupported=supports(rows.shape[0], n, k, product),
     )
     y = y.reshape(*batch, n)
-    return y if fused or residual is None else add_gated(residual, gate, y, dtype)
+    if residual is not None and not fused:
+        y = add_gated(residual, gate, y, dtype)
+    if measure is None:
+        return y
+    return y, measure_rows(y, measure) if inside is None else measured.reshape(batch)
+
+
+def rounds_rows(n: int, k: int, dtype: DTypeLike = jnp.bfloat16) -> bool:
+    """Whether `int8_linear` of [N, K] weights, one scale a channel, is faster for knowing the maxima of x's rows."""
+    if gpu_arch() != HOPPER or jnp.dtype(dtype) != jnp.bfloat16 or supports_rounding_ahead(k):
+        return False
+    return tiles("int8_rows_rounded", n=n, k=k)["ahead"]
 
 
 def supports(m: int, n: int, k: int, dtype: DTypeLike) -> str | None:
@@ -118,7 +144,7 @@ def _activate(y: Array, activation: Activation) -> Array:
     return y if activation is None else jax.nn.gelu(y, approximate=True)
 
 
-def _kernel(x, weight_q, x_scale, weight_scale, bias, residual, gate, **options):
+def _kernel(x, weight_q, x_scale, weight_scale, bias, residual, gate, x_amax, *, measure, **options):
     operands = x, weight_q, x_scale, weight_scale.astype(jnp.float32), bias, residual, gate
     facts = {
         "m": x.shape[0],
@@ -128,13 +154,22 @@ def _kernel(x, weight_q, x_scale, weight_scale, bias, residual, gate, **options)
         "dtype": jnp.dtype(options["dtype"]).name,
     }
     if gpu_arch() == HOPPER:
-        return hopper_gemm(*operands, tiles=HopperTiles(**tiles("int8_gemm_hopper", **facts)), **options)
+        shape = HopperTiles(**tiles("int8_gemm_hopper", **facts))
+        return hopper_gemm(*operands, tiles=shape, x_amax=x_amax, measure=measure, **options)
     chosen = PortableTiles(**tiles("int8_gemm_portable", **facts))
     cp_async = gpu_arch() < HOPPER and not options["interpret"]
-    return portable_gemm(*operands, tiles=chosen, cp_async=cp_async, **options)
+    y = portable_gemm(*operands, tiles=chosen, cp_async=cp_async, **options)
+    return y, None if measure is None else measure_rows(y, measure)
 
 
-def _xla(x, weight_q, x_scale, weight_scale, bias, residual, gate, *, activation, dtype):
+def _xla(x, weight_q, x_scale, weight_scale, bias, residual, gate, x_amax, *, activation, dtype, measure):
+    if x_amax is not None:
+        x, x_scale = rows_xla(x, x_amax)
+    y = _product(x, weight_q, x_scale, weight_scale, bias, residual, gate, activation=activation, dtype=dtype)
+    return y, None if measure is None else measure_rows(y, measure)
+
+
+def _product(x, weight_q, x_scale, weight_scale, bias, residual, gate, *, activation, dtype):
     """Rows in chunks, so that no product of more than XLA_CHUNK (or, in tiles, 2^20) elements is held."""
     m, n = x.shape[0], weight_q.shape[0]
     weight_scale = weight_scale.astype(jnp.float32)
@@ -249,3 +284,14 @@ def _check(x, weight_q, weight_scale, bias, x_scale, activation, residual, gate)
     if gate is not None and residual is None:
         raise ValueError("int8_linear: gate scales what is added to a residual; none was given")
     return n, k
+
+
+def _check_rows(x, weight_scale, x_amax, measure) -> None:
+    if measure is not None and measure not in MEASURES:
+        raise ValueError(f"int8_linear: measure={measure!r} is unknown; take None or one of {', '.join(MEASURES)}")
+    if x_amax is None:
+        return
+    if x.dtype == jnp.int8 or weight_scale.ndim != 1:
+        raise ValueError("int8_linear: x_amax goes with a float x and one scale an output channel")
+    if x_amax.shape != x.shape[:-1]:
+        raise ValueError(f"int8_linear: x_amax {list(x_amax.shape)} should be {list(x.shape[:-1])}")

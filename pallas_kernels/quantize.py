@@ -71,10 +71,10 @@ def quantize_per_channel(
     return quantize_per_token(weight, implementation=implementation)
 
 
-def rows_xla(x: Array) -> tuple[Array, Array]:
-    """`quantize_per_token` in plain JAX."""
+def rows_xla(x: Array, amax: Array | None = None) -> tuple[Array, Array]:
+    """`quantize_per_token` in plain JAX. amax: the largest magnitude of each row, if it is known."""
     x = x.astype(jnp.float32)
-    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), AMAX_FLOOR)
+    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1) if amax is None else amax, AMAX_FLOOR)
     return to_int8(x * (INT8_MAX_TOKEN / amax)[..., None]), amax / INT8_MAX_TOKEN
 
 

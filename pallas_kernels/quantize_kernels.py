@@ -58,7 +58,7 @@ def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bo
                     y = y * lax.rsqrt(jnp.sum(y * y) * (1.0 / width) + eps)
                     y = y * (1.0 + modulation[0]) + modulation[1]
                 amax = jnp.maximum(jnp.max(jnp.abs(y)), AMAX_FLOOR)
-                q.at[b, row][...] = _rounded(y * (INT8_MAX_TOKEN / amax))
+                q.at[b, row][...] = rounded_to_int8(y * (INT8_MAX_TOKEN / amax))
                 q_scale[b, row] = amax / INT8_MAX_TOKEN
 
             return ahead
@@ -75,7 +75,7 @@ def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bo
     )(*operands)
 
 
-def _rounded(y):
+def rounded_to_int8(y):
     """int8 of y in [-127, 127], half to even: y + 1.5 * 2^23 has no place for a fraction, its low byte is y.
 
     Rounding, limiting and converting are four instructions, two of them at a fraction of the rate. Without the barrier

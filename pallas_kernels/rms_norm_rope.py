@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
@@ -84,8 +86,9 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
     width = heads * dim // 2
     layout = plgpu.Layout.WG_STRIDED((PAIRS,), vec_size=1)
     runs = range(0, width, PAIRS)
-    repeats = PAIRS // (dim // 2)
-    cos, sin = (jnp.tile(angle.astype(jnp.float32), (1, repeats)) for angle in (cos, sin))
+    cos, sin = cos.astype(jnp.float32), sin.astype(jnp.float32)
+    if interpret:
+        cos, sin = (jnp.tile(angle, (1, PAIRS // (dim // 2))) for angle in (cos, sin))
     even, odd = weight.astype(jnp.float32).reshape(width, 2).T
     pairs = lax.bitcast_convert_type(x.reshape(batch, length, width, 2), jnp.uint32)
 
@@ -102,7 +105,7 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
 
             @pl.when(row < length)
             def _():
-                c, s = load(cos.at[row]), load(sin.at[row])
+                c, s = (load(ref.at[row]) if interpret else _load_repeated(ref.at[row]) for ref in (cos, sin))
                 values = [_unpack(load(pairs.at[b, row, pl.ds(run, PAIRS)])) for run in runs]
                 squares = functools.reduce(jnp.add, (first * first + second * second for first, second in values))
                 scale = lax.rsqrt(jnp.sum(squares) * (0.5 / width) + eps)
@@ -127,6 +130,29 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(pairs, even, odd, cos, sin)
     return lax.bitcast_convert_type(out, jnp.bfloat16).reshape(x.shape)
+
+
+def _load_repeated(ref):
+    """float32 [n] from global memory as [PAIRS], over and over, without an array that holds it so: XLA would write one
+    in every layer."""
+    (size,) = ref.shape
+    layout = plgpu.Layout.WG_STRIDED((PAIRS,), vec_size=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((PAIRS,), jnp.float32, layout=layout)
+    )
+    def load(_: Any, ref: Any):
+        from jax.experimental.mosaic.gpu import fragmented_array, utils  # late: see _plgpu
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, memref, vector
+
+        i32, index, vec = ir.IntegerType.get_signless(32), ir.IndexType.get(), ir.VectorType.get((1,), ir.F32Type.get())
+        place = arith.remui(utils.thread_idx(), utils.c(size, i32))
+        value = memref.load(ref, [arith.index_cast(index, place)])
+        registers = np.asarray([vector.broadcast(vec, value)], dtype=object)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return load(ref)
 
 
 def _unpack(pairs):

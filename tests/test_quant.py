@@ -8,7 +8,8 @@ from flax import nnx
 from random_modules import random_module
 
 from turbojax.config import DiTConfig
-from turbojax.quant import QuantizedLinear, block_linears, quantize_dit
+from turbojax.models.layers import Linear
+from turbojax.quant import QuantizedLinear, block_linears, quantize_dit, quantize_linear
 
 CONFIG = DiTConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=2, text_dim=32, linear_branch=True)
 
@@ -79,3 +80,22 @@ def test_a_float32_model_gives_float32_back(dit):
 def test_an_unknown_granularity_is_refused(dit):
     with pytest.raises(ValueError, match="granularity"):
         quantize_dit(dit, "row")
+
+
+def test_a_layer_hands_its_rows_maxima_to_the_next():
+    """The numbers do not depend on it, whichever of two layers is quantised."""
+    rows = jax.random.normal(jax.random.key(0), (1, 40, 128), jnp.bfloat16)
+    rngs = nnx.Rngs(0)
+    up, down = (Linear(*size, rngs=rngs, dtype=jnp.bfloat16) for size in ((128, 256), (256, 128)))
+    quantized_down = quantize_linear(down, "channel")
+    assert quantized_down.rounds_rows
+    assert not down.rounds_rows
+    assert not quantize_linear(down, "block").rounds_rows
+    for layer in (up, quantize_linear(up, "channel"), quantize_linear(up, "block")):
+        measured = layer.with_amax(rows, "gelu_tanh")
+        np.testing.assert_array_equal(measured.amax, jnp.abs(measured.values).max(axis=-1).astype(jnp.float32))
+        apart = quantized_down.onto(rows, layer(rows, "gelu_tanh"))
+        np.testing.assert_array_equal(quantized_down.onto(rows, measured), apart)
+        y, squares = layer.with_squares(rows)
+        np.testing.assert_array_equal(y, layer(rows))
+        np.testing.assert_allclose(squares, np.square(np.asarray(y, np.float64)).sum(axis=-1), rtol=1e-5)

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int8, Num
+from jaxtyping import Array, Float, Float32, Int8, Num
 
 import pallas_kernels as kernels
-from turbojax.models.layers import Linear
+from turbojax.models.layers import Linear, Measured
 
 # "block": the reference's 128 x 128 tiles. "channel": one scale an output channel and a token, faster and closer.
 Granularity = Literal["block", "channel"]
@@ -41,10 +41,28 @@ class QuantizedLinear(nnx.Module):
     ) -> Float[Array, "*rows N"]:
         return self._product(x, activation=activation)
 
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether this layer wants its input `Measured`."""
+        n, k = self.weight_q.shape[-2:]
+        return not self._in_tiles and kernels.rounds_rows(n, k, self.bias.dtype)
+
+    def with_amax(
+        self, x: Num[Array, "*rows K"] | Quantized, activation: Literal["gelu_tanh"] | None = None
+    ) -> Measured:
+        """self(x) and what the next layer needs to round it."""
+        return Measured(*self._product(x, activation=activation, measure="amax"))
+
+    def with_squares(
+        self, x: Num[Array, "*rows K"] | Quantized
+    ) -> tuple[Float[Array, "*rows N"], Float32[Array, "*rows"]]:
+        """self(x) and the sum of squares of each of its rows."""
+        return self._product(x, measure="squares")
+
     def onto(
         self,
         residual: Float[Array, "B L N"],
-        x: Num[Array, "B L K"] | Quantized,
+        x: Num[Array, "B L K"] | Quantized | Measured,
         gate: Float[Array, "B 1 N"] | None = None,
     ) -> Float[Array, "B L N"]:
         """residual + gate * self(x), in float32, rounded once."""
@@ -54,16 +72,21 @@ class QuantizedLinear(nnx.Module):
         self, x: Float[Array, "B L K"], shift: Float[Array, "..."], scale: Float[Array, "..."], eps: float
     ) -> Quantized:
         """norm(x) * (1 + scale) + shift, quantised for this layer without a float copy being written."""
-        block = self.weight_scale.ndim == self.weight_q.ndim
-        granularity = "block" if block else "token"
+        granularity = "block" if self._in_tiles else "token"
         return Quantized(*kernels.norm_modulate_quantize(x, scale, shift, eps=eps, granularity=granularity))
 
-    def _product(self, x: Num[Array, "*rows K"] | Quantized, **epilogue: Any) -> Float[Array, "*rows N"]:
+    @property
+    def _in_tiles(self) -> bool:
+        return self.weight_scale.ndim == self.weight_q.ndim
+
+    def _product(self, x: Num[Array, "*rows K"] | Quantized | Measured, **epilogue: Any) -> Any:
         weights = self.weight_q[...], self.weight_scale[...], self.bias[...]
         # The bias kept the dtype that the layer computed in before it was quantised.
         epilogue["out_dtype"] = self.bias.dtype
         if isinstance(x, Quantized):
             return kernels.int8_linear(x.values, *weights, x_scale=x.scale, **epilogue)
+        if isinstance(x, Measured):
+            return kernels.int8_linear(x.values, *weights, x_amax=x.amax, **epilogue)
         return kernels.int8_linear(x, *weights, **epilogue)
 
 

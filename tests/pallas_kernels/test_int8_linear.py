@@ -135,7 +135,9 @@ def test_rows_past_one_chunk(monkeypatch):
     _, (q, q_scale), weight_q, weight_scale, bias = problem(50, 40, 64, "token", jnp.float32)
     # The module by its name: the package's attribute of that name is the function.
     module = importlib.import_module("pallas_kernels.int8_linear")
-    run = partial(module._xla, q, weight_q, q_scale, weight_scale, bias, None, None, activation=None, dtype=jnp.float32)
+    run = partial(
+        module._product, q, weight_q, q_scale, weight_scale, bias, None, None, activation=None, dtype=jnp.float32
+    )
     whole = run()
     monkeypatch.setattr(module, "XLA_CHUNK", 40 * 16)
     np.testing.assert_allclose(run(), whole, rtol=0, atol=1e-6 * np.abs(whole).max())  # XLA fuses the scales anew

@@ -20,7 +20,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Float32, PyTree
 
 import pallas_kernels as kernels
 from turbojax.attention import DENSE, AttentionConfig, attend
@@ -28,6 +28,7 @@ from turbojax.config import DiTConfig
 from turbojax.models.layers import (
     LayerNorm,
     Linear,
+    Measured,
     RMSNorm,
     rope_table,
     timestep_embedding,
@@ -64,11 +65,13 @@ class Attention(nnx.Module):
     def onto(
         self,
         residual: Float[Array, "B L D"],
-        out: Float[Array, "B L H d"],
+        out: Float[Array, "B L H d"] | tuple[Float[Array, "B L H d"], Float32[Array, "B L"]],
         gate: Float[Array, "B 1 D"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """residual + gate * o(what attention gave)."""
-        return self.o.onto(residual, rearrange(out, "b l n d -> b l (n d)"), gate)
+        """residual + gate * o(what attention gave, with the largest magnitude of each token or without)."""
+        out, *amax = out if isinstance(out, tuple) else (out,)
+        tokens = rearrange(out, "b l n d -> b l (n d)")
+        return self.o.onto(residual, Measured(tokens, *amax) if amax else tokens, gate)
 
 
 class SelfAttention(Attention):
@@ -113,16 +116,18 @@ class TextAttention(Attention):
         implementation: Literal["xla"] | None,
     ) -> Float[Array, "B L D"]:
         """residual + attention of x to text, whose last row counts `last_count` times."""
-        q, k, v = self.q(x), self.k(text), self.heads(self.v(text))
+        k, v = self.k(text), self.heads(self.v(text))
         if last_count == 1:
-            q, k = self.heads(self.norm_q(q)), self.heads(self.norm_k(k))
+            q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(k))
             out = kernels.dense_attention(q, k, v, implementation=implementation)
         else:
             # q's norm needs no pass over q of its own: its scale goes into the few keys, and 1/rms into the softmax.
-            factor, k = self.norm_q.factor(q), self.norm_k(k, self.norm_q.scale[...])
+            q, squares = self.q.with_squares(x)
+            factor, k = self.norm_q.factor_of(squares), self.norm_k(k, self.norm_q.scale[...])
             out = kernels.text_attention(
-                self.heads(q), self.heads(k), v, q_factor=factor, last_count=last_count, implementation=implementation
-            )
+                self.heads(q), self.heads(k), v, q_factor=factor, last_count=last_count,
+                return_amax=self.o.rounds_rows, implementation=implementation,
+            )  # fmt: skip
         return self.onto(residual, out)
 
 
@@ -135,7 +140,8 @@ class FeedForward(nnx.Module):
         self, residual: Float[Array, "B L D"], x: Activation, gate: Float[Array, "B 1 D"]
     ) -> Float[Array, "B L D"]:
         """residual + gate * down(gelu(up(x)))."""
-        return self.down.onto(residual, self.up(x, "gelu_tanh"), gate)
+        up = self.up.with_amax if self.down.rounds_rows else self.up
+        return self.down.onto(residual, up(x, "gelu_tanh"), gate)
 
 
 class Block(nnx.Module):
