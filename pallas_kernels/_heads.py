@@ -1,9 +1,10 @@
-"""Shape checks and layout changes that the attention ops share: [B, L, heads, head_dim] <-> [B * heads, L, d]."""
+"""What the attention ops share: shape checks, maxima, and layout changes [B, L, heads, d] <-> [B * heads, L, d]."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Float32
 
 
 def heads_first(x: Float[Array, "b l h d"]) -> Float[Array, "b*h l d"]:
@@ -15,6 +16,16 @@ def heads_last(x: Float[Array, "{like[0]}*{like[2]} l d"], like: tuple[int, ...]
     """Inverse of heads_first, for an array of shape `like` = (b, l, h, d)."""
     b, length, h, d = like
     return jnp.swapaxes(x.reshape(b, h, length, d), 1, 2)
+
+
+def with_largest(o: Float[Array, "b l h d"]) -> tuple[Float[Array, "b l h d"], Float32[Array, "b l"]]:
+    """(o, max |o| of each token over its heads).
+
+    The barrier keeps XLA from computing o again beside the maximum: it could leave out that o is rounded, and the
+    derivative, which looks for the maximum in o, would find it nowhere and be NaN.
+    """
+    o = lax.optimization_barrier(o)
+    return o, jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)
 
 
 def check_qkv(name: str, q: Array, k: Array, v: Array) -> None:

@@ -16,7 +16,7 @@ from pallas_kernels._hopper_attention_kernel import (
     LinearBranch,
     hopper_attention,
 )
-from pallas_kernels._quantize_qkv import E4M3_MAX, rotate, value_scale
+from pallas_kernels._quantize_qkv import E4M3_MAX, rotate, scale_of_largest, value_scale
 
 TMA_ROWS = 8
 """Arrays in global memory have a multiple of so many rows. What lies past the end is read as zeros, never written."""
@@ -47,10 +47,10 @@ def value_max(keys: int) -> float:
     return 112.0 / keys
 
 
-def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None):
+def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None):
     """What `hopper_attention` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense).
 
-    mean_k: the mean key, float32 [b * h, d], where it is known already.
+    mean_k, v_max: the mean key and max |v| over the keys, float32 [b * h, d], where they are known already.
     """
     b, lq, h, _ = q.shape
     lk, n, tiles = k.shape[1], b * h, -(-lq // TILE_Q)
@@ -58,7 +58,8 @@ def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, in
     mean = None
     if smooth_k:
         mean = rotate(quantize.mean_key(k) if mean_k is None else mean_k)
-    v_scale = value_scale(v).reshape(-1, v.shape[-1]) * (E4M3_MAX / value_max(block_k))
+    v_scale = value_scale(v).reshape(-1, v.shape[-1]) if v_max is None else scale_of_largest(v_max)
+    v_scale = v_scale * (E4M3_MAX / value_max(block_k))
     q, k, v = map(whole_rows, (q, k, v))
     q8, q_scale = quantize.quantize_rows(q, None, lq, tiles * TILE_Q, block_q, interpret=interpret)
     k8, k_scale = quantize.quantize_rows(k, mean, lk, keys, block_k, interpret=interpret)
@@ -80,7 +81,7 @@ def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, int
     """
     sizes = {"block_q": block_q, "block_k": block_k}
     operands = sage_operands(q, k, v, block_index, scale=scale, smooth_k=smooth_k, interpret=interpret, **sizes)
-    return attend(operands, q, k, block_q, block_k, None, interpret)
+    return attend(operands, q, k, block_q, block_k, None, interpret)[:2]
 
 
 def sparse_operands(q, k, v, block_index, *, block_q, block_k):
@@ -95,11 +96,12 @@ def sparse_operands(q, k, v, block_index, *, block_q, block_k):
 def sparse_forward(q, k, v, block_index, *, scale, block_q, block_k, interpret):
     """16-bit attention over block lists; arguments and results as for `sage_forward`."""
     operands = sparse_operands(q, k, v, block_index, block_q=block_q, block_k=block_k)
-    return attend(operands, q, k, block_q, block_k, scale * hw.LOG2E, interpret)
+    return attend(operands, q, k, block_q, block_k, scale * hw.LOG2E, interpret)[:2]
 
 
-def attend(operands, q, k, block_q, block_k, scale, interpret, linear: LinearBranch | None = None):
-    """`hopper_attention` of these operands with the tiles that fit; results as of `sage_forward`."""
+def attend(operands, q, k, block_q, block_k, scale, interpret, linear: LinearBranch | None = None, amax=False):
+    """`hopper_attention` of these operands with the tiles that fit; results as of `sage_forward`, and if `amax` (else
+    None) the largest |output| of each token over heads and channels, float32 [b, lq]."""
     b, lq, h, dim = q.shape
     shared = operands[-1] is None or block_q == TILE_Q
     rings = 1 if shared else WARPGROUPS
@@ -110,11 +112,12 @@ def attend(operands, q, k, block_q, block_k, scale, interpret, linear: LinearBra
         block_k=block_k, stages=min(2, stages) if interpret else stages, shared=shared, blocks=blocks
     )
     shape = (b, -(-lq // TMA_ROWS) * TMA_ROWS, h, dim)
-    o, lse = hopper_attention(
+    o, lse, *top = hopper_attention(
         *operands, shape=shape, lk=k.shape[1], dtype=q.dtype, scale=scale, config=config, interpret=interpret,
-        linear=linear,
+        linear=linear, amax=amax,
     )  # fmt: skip
-    return o[:, :lq], lse[:, :lq].reshape(b, h, lq) * hw.LN2
+    largest = top[0][:, :lq].reshape(b, h, lq).max(axis=1) if amax else None
+    return o[:, :lq], lse[:, :lq].reshape(b, h, lq) * hw.LN2, largest
 
 
 def tail_first(index: jax.Array, blocks: int) -> jax.Array:

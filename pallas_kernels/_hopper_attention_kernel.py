@@ -377,7 +377,7 @@ def _linear_branch(call: Call, ref, at: Place, feature_map: str):
 
 
 def _finish(call: Call, ref, at: Place, acc, total, m, feature_map: str | None):
-    """Writes the output and the log-sum-exp of one warpgroup's queries."""
+    """Writes the output of one warpgroup's queries, the log-sum-exp and, where it has a place, the largest |output|."""
     tile, lse = ref["tile_smem"].at[at.wg], ref["lse_smem"].at[at.wg]
     acc = acc * hw.per_row(1.0 / total, acc)
     if call.quantized:
@@ -387,8 +387,12 @@ def _finish(call: Call, ref, at: Place, acc, total, m, feature_map: str | None):
         acc = acc + _linear_branch(call, ref, at, feature_map)
     tile[...] = acc.astype(call.dtype)
     lse[...] = m + jnp.log2(total) - call.offset
-    plgpu.commit_smem()
     rows = pl.ds(at.queries, hw.ROWS)
+    if "amax" in ref:
+        # Rounding keeps order: the maximum rounded is the maximum of what is rounded.
+        top = jnp.abs(acc).max(axis=1).astype(call.dtype)
+        ref["amax"].at[at.head, rows][...] = top.astype(jnp.float32)
+    plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, ref["out"].at[at.batch, rows, at.h])
     plgpu.copy_smem_to_gmem(lse, ref["lse"].at[at.head, rows])
     plgpu.wait_smem_to_gmem(0)
@@ -396,7 +400,7 @@ def _finish(call: Call, ref, at: Place, acc, total, m, feature_map: str | None):
 
 def hopper_attention(
     q, q_scale, k, k_scale, v, v_scale, index, *, shape, lk, dtype, scale, config: AttentionTiles, interpret,
-    linear: LinearBranch | None = None,
+    linear: LinearBranch | None = None, amax: bool = False,
 ):  # fmt: skip
     """Attention of INT8 queries [n, tiles * 128, d], or of q in dtype as the model has it (then all scales are None).
 
@@ -408,8 +412,10 @@ def hopper_attention(
         all blocks, from the last to the first. lists is tiles if config.shared, else 2 * tiles.
     k_scale [n, lists, steps], or [n, blocks] when index is None. v_scale [n, d].
     shape: of the output, [b, lq, h, d]; lk: true number of keys. linear: what to add to it, or None.
+    amax: whether the largest |output| of each row is wanted.
 
-    Returns (output in dtype, log2-sum-exp2 of the scaled scores [n, tiles * 128] float32).
+    Returns (output in dtype, log2-sum-exp2 of the scaled scores [n, tiles * 128] float32), and if `amax` the largest
+    |output| [n, tiles * 128] float32.
     """
     quantized = q.dtype == jnp.int8
     _, rows, heads, dim = shape
@@ -475,6 +481,8 @@ def hopper_attention(
         "out": jax.ShapeDtypeStruct(shape, dtype),
         "lse": jax.ShapeDtypeStruct((n, tiles * TILE_Q), jnp.float32),
     }
+    if amax:
+        outputs["amax"] = jax.ShapeDtypeStruct((n, tiles * TILE_Q), jnp.float32)
     name = ("sage" if quantized else "attention") + ("_dense" if index is None else "_sparse")
     return hw.by_tiles(
         body, name, inputs, outputs, scratch, grid=(n, tiles), warpgroups=WARPGROUPS, interpret=interpret

@@ -1,7 +1,8 @@
-"""The linear branch's sums over the keys on Hopper, and the routing's, in one pass over k and v.
+"""The linear branch's sums over the keys on Hopper, the routing's, and the maxima of v, in one pass over k and v.
 
     f(k)^T v  and  sum f(k)   over all keys: what the linear branch needs of them
     sum of k over each BLOCK keys: what routing needs of them
+    max |v| of each channel: what rounding v to FP8 needs of them
 
 A block takes RUN tiles of 64 keys: f(k) in registers, to shared memory in 16 bits, and from there the tensor cores add
 its product with v to an accumulator that stays in registers; ones in place of v give the sums. While they multiply,
@@ -14,6 +15,7 @@ take for 13 GFLOP at a third of their rate.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +45,19 @@ FEATURE_MAPS: dict[str, Callable] = {
 }
 
 
-def summarize_keys(k, v, length, feature_map, *, interpret):
-    """(f(k)^T v [b * h, d, d], sum f(k) [b * h, d], sums of k over each BLOCK keys [b * h, blocks, d]), float32.
+class KeySummary(NamedTuple):
+    """float32. products: f(k)^T v [b * h, d, d]. f_sum: of f(k) [b * h, d]. k_sums: of k over each BLOCK keys
+    [b * h, blocks, d]. v_max: max |v| [b * h, d], or None."""
 
-    k, v [b, l, h, d] in 16 bits, l a multiple of 8, of which `length` rows count; f(k) is rounded to their dtype.
-    """
+    products: jax.Array
+    f_sum: jax.Array
+    k_sums: jax.Array
+    v_max: jax.Array | None
+
+
+def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret) -> KeySummary:
+    """k, v [b, l, h, d] in 16 bits, l a multiple of 8, of which `length` rows count, the others of v being zeros; f(k)
+    is rounded to their dtype. v_max: whether that is wanted."""
     b, _, heads, dim = k.shape
     tiles = -(-length // BLOCK)
     runs = -(-tiles // RUN)
@@ -70,10 +80,11 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
         ones_right = ref["ones_smem"].transpose((1, 0))
 
         def over_tiles(products, sums):
-            @pl.loop(0, run.count)
-            def _(i):
+            def step(i, tops):
                 slot = lax.rem(i, SLOTS)
                 plgpu.barrier_wait(ref["full"].at[slot])
+                # Rows meet once, at the end of the run: until then two numbers take one instruction.
+                tops = [jnp.maximum(top, jnp.abs(plgpu.load(v_smem.at[slot], layout=hw.TILE))) for top in tops]
                 x = plgpu.load(k_smem.at[slot], layout=hw.TILE).astype(jnp.float32)
                 f = features(x)
                 row = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=hw.PER_ROW)
@@ -86,10 +97,13 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
                 sums_smem.at[i][...] = block.max(axis=1)  # its columns are equal
                 plgpu.wgmma(products, f_smem.transpose((1, 0)), v_smem.at[slot])
                 plgpu.wgmma(sums, f_smem.transpose((1, 0)), ones_right)
+                return tops
 
-            return products[...], sums[...]
+            tops = [plgpu.layout_cast(jnp.zeros((BLOCK, dim), v_smem.dtype), hw.TILE)] if v_max else []
+            tops = lax.fori_loop(0, run.count, step, tops)
+            return products[...], sums[...], tops
 
-        products, sums = pl.run_scoped(
+        products, sums, tops = pl.run_scoped(
             over_tiles,
             plgpu.WGMMAAccumulatorRef((dim, dim), jnp.float32),
             plgpu.WGMMAAccumulatorRef((dim, COLUMNS), jnp.float32),
@@ -97,6 +111,8 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
         number = lax.axis_index("run")
         ref["kv"].at[head, number][...] = products
         ref["f_sums"].at[head, number][...] = sums.max(axis=1)
+        for top in tops:
+            ref["v_max"].at[head, number][...] = top.max(axis=0).astype(jnp.float32)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sums_smem, ref["k_sums"].at[head, pl.ds(run.first, RUN)])
         plgpu.wait_smem_to_gmem(0)
@@ -108,6 +124,8 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
         "f_sums": jax.ShapeDtypeStruct((n, runs, dim), jnp.float32),
         "k_sums": jax.ShapeDtypeStruct((n, runs * RUN, dim), jnp.float32),
     }
+    if v_max:
+        outputs["v_max"] = jax.ShapeDtypeStruct((n, runs, dim), jnp.float32)
     scratch = {
         "k_smem": plgpu.SMEM((SLOTS, BLOCK, dim), k.dtype),
         "v_smem": plgpu.SMEM((SLOTS, BLOCK, dim), v.dtype),
@@ -117,10 +135,11 @@ def summarize_keys(k, v, length, feature_map, *, interpret):
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         "ones_full": plgpu.Barrier(),
     }
-    kv, f_sums, k_sums = hw.by_runs(
+    kv, f_sums, k_sums, *tops = hw.by_runs(
         body, "summarize_keys", inputs, outputs, scratch, heads=n, runs=runs, interpret=interpret
     )
-    return kv.sum(axis=1), f_sums.sum(axis=1), k_sums[:, :tiles]
+    largest = tops[0].max(axis=1) if v_max else None
+    return KeySummary(kv.sum(axis=1), f_sums.sum(axis=1), k_sums[:, :tiles], largest)
 
 
 def block_sums(x, *, interpret):

@@ -1,6 +1,6 @@
 """Sparse-linear attention on Hopper, forward: both branches and the routing in six passes over q, k, v.
 
-    k, v -> f(k)^T v, sum f(k), sums of k over blocks    `_hopper_linear`
+    k, v -> f(k)^T v, sum f(k), sums of k over blocks, maxima of v (quantised only)    `_hopper_linear`
     q    -> sums over blocks                             `_hopper_linear`; scores and top-k of the means are small: XLA
     q, k, v -> INT8, FP8 (quantised only)                `_hopper_quantize`
     attention over the lists; its epilogue adds f(q) times the product of f(k)^T v and the projection
@@ -26,12 +26,15 @@ SORTED, COUNTED = 255, 1920
 
 
 def sla_forward(
-    q, k, v, proj_w, proj_b, *, topk, block_q, block_k, quantized, feature_map, scale, interpret
-) -> jax.Array:
-    """o [b, l, h, d] in q's dtype, 16 bits; arguments as of `sparse_linear_attention`."""
+    q, k, v, proj_w, proj_b, *, topk, block_q, block_k, quantized, feature_map, scale, amax, interpret
+) -> tuple[jax.Array, jax.Array | None]:
+    """(o [b, l, h, d] in q's dtype, 16 bits; if `amax`, the largest |o| of each token, float32 [b, l], else None).
+
+    Arguments as of `sparse_linear_attention`.
+    """
     b, _, h, dim = q.shape
     length = k.shape[1]
-    products, f_sum, sums = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, interpret=interpret)
+    summary = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, v_max=quantized, interpret=interpret)
 
     def by_blocks(sums, block):
         """[b, h, blocks, d] of sums over BLOCK rows each."""
@@ -39,17 +42,17 @@ def sla_forward(
         sums = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % per_block), (0, 0)))
         return sums.reshape(b, h, -1, per_block, dim).sum(axis=3)
 
-    sums = by_blocks(sums, block_k)
+    sums = by_blocks(summary.k_sums, block_k)
     pooled_k = sums / block_counts(length, block_k)[:, None]
     sums_q = by_blocks(block_sums(whole_rows(q), interpret=interpret), block_q)
     pooled_q = sums_q / block_counts(q.shape[1], block_q)[:, None]
     index = route(pooled_q, centred_means(pooled_k, length, block_k), topk, interpret=interpret)
 
-    combined = jnp.einsum("nde,oe->ndo", products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    combined = jnp.einsum("nde,oe->ndo", summary.products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     linear = LinearBranch(
         q=whole_rows(q) if quantized else None,
         combined=combined.astype(q.dtype),
-        f_sum=f_sum,
+        f_sum=summary.f_sum,
         bias=proj_b.astype(jnp.float32),
         feature_map=feature_map,
     )
@@ -57,12 +60,13 @@ def sla_forward(
     if quantized:
         mean_k = sums.sum(axis=2).reshape(b * h, dim) / length
         operands = sage_operands(
-            q, k, v, index, scale=scale, smooth_k=True, interpret=interpret, mean_k=mean_k, **sizes
+            q, k, v, index, scale=scale, smooth_k=True, interpret=interpret, mean_k=mean_k, v_max=summary.v_max, **sizes
         )
     else:
         operands = sparse_operands(q, k, v, index, **sizes)
     factor = None if quantized else scale * hw.LOG2E
-    return attend(operands, q, k, block_q, block_k, factor, interpret, linear)[0]
+    o, _, largest = attend(operands, q, k, block_q, block_k, factor, interpret, linear, amax)
+    return o, largest
 
 
 def route(pooled_q, centred_k, topk, *, interpret):

@@ -110,5 +110,9 @@ def rounded_value(
 
 def value_scale(v: Float[Array, "n l *channels"]) -> Float32[Array, "n *channels"]:
     """max|v| / 448 of each channel over the length; 1 for a channel of zeros."""
-    amax = jnp.max(jnp.abs(v), axis=1).astype(jnp.float32)
+    return scale_of_largest(jnp.max(jnp.abs(v), axis=1).astype(jnp.float32))
+
+
+def scale_of_largest(amax: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+    """`value_scale` of channels whose max|v| is known."""
     return jnp.where(amax > 0, amax / E4M3_MAX, 1.0)

@@ -52,23 +52,25 @@ def compile_cases() -> list[Case]:
 
 def _fused_cases() -> list[Case]:
     """Sparse-linear attention, fused on Hopper alone: elsewhere it is the cases above beside XLA."""
-    variants = [(SHAPES[0], blocks, quantized) for blocks in BLOCKS for quantized in (True, False)]
+    variants = [(SHAPES[0], blocks, quantized, False) for blocks in BLOCKS for quantized in (True, False)]
     # Enough key blocks to be chosen by counting.
-    variants.append((SHAPES[1], BLOCKS[0], False))
+    variants.append((SHAPES[1], BLOCKS[0], False, False))
+    variants.append((SHAPES[0], BLOCKS[-1], True, True))
     cases = []
-    for (tokens, heads, dim), (block_q, block_k), quantized in variants:
+    for (tokens, heads, dim), (block_q, block_k), quantized, amax in variants:
         op = functools.partial(
             sparse_linear_attention,
             topk=TOPK,
             block_q=block_q,
             block_k=block_k,
             quantized=quantized,
+            return_amax=amax,
             implementation="mosaic_gpu",
         )
         x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
         projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
         kind = "int8" if quantized else "bf16"
-        name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}"
+        name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}{' amax' if amax else ''}"
         cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=3))
     return cases
 

@@ -48,7 +48,8 @@ PARTS = ("routing", "quantize", "linear branch", "text")
 @dataclasses.dataclass(frozen=True)
 class Check:
     """One accuracy case. blocks None is dense attention. data: a key of DATA. portable: the kernel that other GPUs
-    run, as built for this architecture: (9, 0) fills its ring by TMA, older ones by cp.async, (8, 0) has no e4m3."""
+    run, as built for this architecture: (9, 0) fills its ring by TMA, older ones by cp.async, (8, 0) has no e4m3.
+    amax: with the largest output of each token, for the kinds with a linear branch."""
 
     kind: str
     length: int
@@ -60,13 +61,15 @@ class Check:
     dtype: str = "bfloat16"
     topk: float = 0.3
     portable: tuple[int, int] | None = None
+    amax: bool = False
 
     @property
     def name(self) -> str:
         blocks = "dense" if self.blocks is None else f"{self.blocks[0]}x{self.blocks[1]}"
         shape = f"{self.batch}x{self.length}x{self.heads}x{self.dim}"
         portable = "" if self.portable is None else " portable sm_{}{}".format(*self.portable)
-        return f"{self.kind} {blocks} {shape} {self.data} {self.dtype}{portable}"
+        amax = " amax" if self.amax else ""
+        return f"{self.kind} {blocks} {shape} {self.data} {self.dtype}{amax}{portable}"
 
 
 def _gaussian(rng, shape):
@@ -78,6 +81,13 @@ def _outliers(rng, shape):
     for x in (k, v):
         x[..., [3, shape[-1] // 2]] *= 20
     return q, k, v
+
+
+def _channels(rng, shape):
+    """Values whose channels are up to 60 times apart, the largest of each in the last rows."""
+    q, k, v = _gaussian(rng, shape)
+    v[:, -8:] *= 3
+    return q, k, v * np.geomspace(1 / 8, 8, shape[-1], dtype=np.float32)
 
 
 def _mean(rng, shape):
@@ -96,6 +106,7 @@ DATA: dict[str, Callable] = {
     "gaussian": _gaussian,
     "offset": _offset,
     "outliers": _outliers,
+    "channels": _channels,
     "mean": _mean,
     "zeros": lambda rng, shape: [np.zeros(shape, np.float32)] * 3,
     "constant": lambda rng, shape: [np.full(shape, c, np.float32) for c in (0.5, -2.0, 3.0)],
@@ -116,6 +127,10 @@ def checks() -> list[Check | TextCheck]:
     for kind in ("sla", "sagesla"):
         out += [Check(kind, 777, 3, 128, blocks, batch=2) for blocks in BLOCKS]
         out += [Check(kind, 1000, 3, 64, BLOCKS[0], "mean"), Check(kind, 32_760, 12, 128, BLOCKS[0], topk=0.1)]
+        # The maxima of V come from the pass over the keys, those of the output from the attention kernel.
+        out += [Check(kind, 777, 3, 128, blocks, "channels", batch=2, amax=True) for blocks in BLOCKS]
+        out += [Check(kind, 1000, 3, 64, BLOCKS[-1], dtype="float16", amax=True)]
+        out += [Check(kind, 32_760, 12, 128, BLOCKS[-1], topk=0.1, amax=True)]
     out += [Check("int8", 32_760, 12, 128, blocks, "outliers", topk=0.1) for blocks in (None, *BLOCKS)]
     # 720p, whose many key blocks are chosen by counting instead of sorting, and longer than any preset.
     out += [Check(kind, 75_600, 2, 128, BLOCKS[0], topk=0.1) for kind in ("sla", "sagesla")]
@@ -151,7 +166,7 @@ def run_check(check: Check | TextCheck) -> dict:
                 sparse_linear_attention, topk=check.topk, block_q=check.blocks[0], block_k=check.blocks[1]
             )
             w, b = (jnp.asarray(rng.standard_normal(s) / 8, check.dtype) for s in ((check.dim,) * 2, (check.dim,)))
-            run = functools.partial(op, q, k, v, w, b, quantized=quantized)
+            run = functools.partial(op, q, k, v, w, b, quantized=quantized, return_amax=check.amax)
             want = op(*(x.astype(jnp.float32) for x in (q, k, v, w, b)), implementation="xla")
         else:
             block_q, block_k = check.blocks
@@ -172,9 +187,9 @@ def run_check(check: Check | TextCheck) -> dict:
     kernel = functools.partial(run, implementation="mosaic_gpu")
     if check.portable is not None:
         kernel = _portable(check, q, k, v, None if check.blocks is None else index)
-    got = np.asarray(kernel(), np.float64)
-    same = np.asarray(run(implementation="xla"), np.float64)
-    repeat = np.asarray(kernel(), np.float64)
+    got, amax = _with_amax(kernel())
+    same, _ = _with_amax(run(implementation="xla"))
+    repeat, amax_again = _with_amax(kernel())
     want = np.asarray(want, np.float64)
     norm = max(np.linalg.norm(want), 1e-30)
     row = {
@@ -184,8 +199,13 @@ def run_check(check: Check | TextCheck) -> dict:
         "xla_relative": np.linalg.norm(same - want) / norm,
         "worst": float(np.abs(got - want).max()),
         "finite": bool(np.isfinite(got).all()),
-        "repeatable": bool((got == repeat).all()),
+        "repeatable": bool((got == repeat).all() and np.array_equal(amax, amax_again)),
     }
+    maxima = True
+    if check.amax:
+        row["amax"] = np.array_equal(amax, np.abs(got).max(axis=(2, 3)))
+        row["v_max"] = _finds_largest_values(k, v)
+        maxima = row["amax"] and row["v_max"]
     if check.portable is not None:
         row["ms"] = _milliseconds(kernel)
     # INT8 cannot place logits of 1e4 within one unit: only finiteness and agreement with XLA are claimed there.
@@ -193,8 +213,27 @@ def run_check(check: Check | TextCheck) -> dict:
     # Without e4m3, V is rounded in XLA's path only.
     from_xla = BOUNDS if check.portable == (8, 0) else FROM_XLA
     close = row["relative"] <= BOUNDS[check.kind] and row["from_xla"] <= from_xla[check.kind]
-    row["ok"] = row["finite"] and row["repeatable"] and (loose or close)
+    row["ok"] = bool(row["finite"] and row["repeatable"] and maxima and (loose or close))
     return row
+
+
+def _with_amax(found) -> tuple[np.ndarray, np.ndarray]:
+    """The output, and the largest of each token: none where the op was not asked for them."""
+    o, amax = found if isinstance(found, tuple) else (found, ())
+    return np.asarray(o, np.float64), np.asarray(amax, np.float64)
+
+
+def _finds_largest_values(k: jax.Array, v: jax.Array) -> bool:
+    """Whether the pass over the keys gives the maxima of the values, exactly."""
+    from pallas_kernels._hopper_attention import whole_rows
+    from pallas_kernels._hopper_linear import summarize_keys
+
+    @jax.jit
+    def found(k, v):
+        k, v, length = whole_rows(k), whole_rows(v), k.shape[1]
+        return summarize_keys(k, v, length, "softmax", v_max=True, interpret=False).v_max
+
+    return np.array_equal(found(k, v), np.abs(np.asarray(heads_first(v), np.float32)).max(axis=1))
 
 
 def _portable(check: Check, q, k, v, index) -> Callable[[], jax.Array]:

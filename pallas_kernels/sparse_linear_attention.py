@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels._attention_kernels import HOPPER
 from pallas_kernels._attention_xla import compute_dtype, default_scale
 from pallas_kernels._derivatives import forward_only
-from pallas_kernels._heads import check_qkv
+from pallas_kernels._heads import check_qkv, with_largest
 from pallas_kernels._refusals import attention_refusal
 from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -25,7 +25,17 @@ from pallas_kernels.linear_attention import FEATURE_MAPS, linear_attention
 
 
 @functools.partial(
-    jax.jit, static_argnames=("topk", "block_q", "block_k", "quantized", "feature_map", "scale", "implementation")
+    jax.jit,
+    static_argnames=(
+        "topk",
+        "block_q",
+        "block_k",
+        "quantized",
+        "feature_map",
+        "scale",
+        "return_amax",
+        "implementation",
+    ),
 )
 def sparse_linear_attention(
     q: Float[Array, "b lq h d"],
@@ -40,8 +50,9 @@ def sparse_linear_attention(
     quantized: bool = False,
     feature_map: str = "softmax",
     scale: float | None = None,
+    return_amax: bool = False,
     implementation: str | None = None,
-) -> Float[Array, "b lq h d"]:
+) -> Float[Array, "b lq h d"] | tuple[Float[Array, "b lq h d"], Float32[Array, "b lq"]]:
     """Block-sparse attention over the routed blocks plus the projected linear attention over all keys.
 
     o = block_sparse(q, k, v) + linear(q, k, v) @ proj_w^T + proj_b; routing by `sla_block_map`, without gradient.
@@ -55,7 +66,10 @@ def sparse_linear_attention(
         quantized: INT8 scores and FP8 values in the sparse branch (SageSLA); no derivative.
         feature_map: "softmax" (over head_dim), "elu" (elu + 1) or "relu".
         scale: factor on the sparse branch's scores; None is 1 / sqrt(head_dim).
+        return_amax: also return float32 [B, L], the largest |o| over all heads of a token, o as it is rounded.
         implementation: None, "xla", "mosaic_gpu" or "interpret".
+
+    Returns o in q's dtype, or (o, amax).
 
     Raises:
         ValueError: shapes or options that do not fit, or an implementation that cannot run, with the reason.
@@ -75,7 +89,7 @@ def sparse_linear_attention(
     sizes: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
 
     def branches(q, k, v, proj_w, proj_b, implementation):
-        """Each branch by itself, and their sum."""
+        """Each branch by itself, and their sum: what the op returns."""
         block_index = sla_block_map(q, k, topk=topk, **sizes)
         sparse = block_sparse_attention(
             q, k, v, block_index, quantized=quantized, scale=scale, implementation=implementation, **sizes
@@ -83,7 +97,8 @@ def sparse_linear_attention(
         linear = linear_attention(q, k, v, feature_map)
         wide = compute_dtype(q.dtype)
         projected = jnp.einsum("blhd,ed->blhe", linear, proj_w.astype(q.dtype), preferred_element_type=wide)
-        return (sparse.astype(wide) + projected + proj_b.astype(wide)).astype(q.dtype)
+        o = (sparse.astype(wide) + projected + proj_b.astype(wide)).astype(q.dtype)
+        return with_largest(o) if return_amax else o
 
     def kernel(*args, interpret):
         apart = functools.partial(branches, implementation=implementation)
@@ -92,7 +107,12 @@ def sparse_linear_attention(
         from pallas_kernels._hopper_sla import sla_forward  # late: see _plgpu
 
         options = {"topk": topk, "quantized": quantized, "feature_map": feature_map, "scale": scale}
-        return _differentiated_as(apart, functools.partial(sla_forward, interpret=interpret, **options, **sizes))(*args)
+
+        def fused(*args):
+            o, amax = sla_forward(*args, amax=return_amax, interpret=interpret, **options, **sizes)
+            return o if amax is None else (o, amax)
+
+        return _differentiated_as(apart, fused)(*args)
 
     unsupported = attention_refusal(q, implementation, scale, block_q, block_k)
     if quantized:
@@ -102,7 +122,7 @@ def sparse_linear_attention(
     return dispatch(name, implementation, args, xla=xla, kernel=kernel, unsupported=unsupported)
 
 
-def _differentiated_as(apart: Callable[..., Array], fused: Callable[..., Array]) -> Callable[..., Array]:
+def _differentiated_as(apart: Callable[..., Any], fused: Callable[..., Any]) -> Callable[..., Any]:
     """`fused`; under differentiation, in either mode, `apart`, the same function whose parts have derivatives."""
     op = jax.custom_jvp(lambda *args: fused(*args))
     op.defjvp(lambda primals, tangents: jax.jvp(apart, primals, tangents))

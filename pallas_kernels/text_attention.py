@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels._attention_xla import compute_dtype, default_scale, map_chunks
 from pallas_kernels._derivatives import derivative_of
-from pallas_kernels._heads import check_qkv
+from pallas_kernels._heads import check_qkv, with_largest
 from pallas_kernels._refusals import MAX_HEADS
 from pallas_kernels.dense_attention import cudnn_refusal, dense_attention
 from pallas_kernels.dispatch import dispatch, gpu_arch
@@ -114,11 +114,7 @@ def _written_out(q, k, v, q_factor=None, *, last_count, amax) -> Any:
         q = (q * q_factor[:, :, None, None]).astype(q.dtype)
     k, v = (jnp.pad(x, ((0, 0), (0, last_count - 1), (0, 0), (0, 0)), mode="edge") for x in (k, v))
     o = dense_attention(q, k, v)
-    return (o, _largest(o)) if amax else o
-
-
-def _largest(o: Array) -> Array:
-    return jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)
+    return with_largest(o) if amax else o
 
 
 def _xla(q, k, v, q_factor=None, *, last_count, amax) -> Any:
@@ -135,7 +131,7 @@ def _xla(q, k, v, q_factor=None, *, last_count, amax) -> Any:
             s = s * factor[0][:, None, :, None].astype(dtype)
         p = jax.nn.softmax(s + extra, axis=-1)
         o = jnp.einsum("bhls,bshd->blhd", p.astype(v.dtype), v, preferred_element_type=dtype).astype(q.dtype)
-        found = (o, _largest(o)) if amax else (o,)
+        found = with_largest(o) if amax else (o,)
         return tuple(jnp.swapaxes(x, 0, 1) for x in found)
 
     arrays = (q,) if q_factor is None else (q, q_factor)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 import pallas_kernels as kernels
 
@@ -44,46 +45,78 @@ class AttentionConfig:
 DENSE = AttentionConfig()
 
 
+@overload
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    config: AttentionConfig = ...,
+    proj_l: tuple[Array, Array] | None = ...,
+    return_amax: Literal[False] = ...,
+) -> Array: ...
+
+
+@overload
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    config: AttentionConfig = ...,
+    proj_l: tuple[Array, Array] | None = ...,
+    *,
+    return_amax: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
 def attend(
     q: Float[Array, "B L H d"],
     k: Float[Array, "B S H d"],
     v: Float[Array, "B S H d"],
     config: AttentionConfig = DENSE,
     proj_l: tuple[Float[Array, "d d"], Float[Array, "d"]] | None = None,
-) -> Float[Array, "B L H d"]:
+    return_amax: bool = False,
+) -> Float[Array, "B L H d"] | tuple[Float[Array, "B L H d"], Float32[Array, "B L"]]:
     """Scaled dot-product attention of the configured kind; `proj_l` is (weight [d, d] as (out, in), bias [d]).
 
     Without `proj_l` an SLA kind is pure block-sparse attention: what SLA computes when proj_l is zero.
+    return_amax: also return float32 [B, L], the largest |o| over all heads of a token, o as it is rounded.
     """
+    if proj_l is not None and config.kind in ("sla", "sagesla"):
+        weight, bias = proj_l
+        return kernels.sparse_linear_attention(
+            q,
+            k,
+            v,
+            weight,
+            bias,
+            topk=config.topk,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            quantized=config.kind == "sagesla",
+            feature_map=config.feature_map,
+            return_amax=return_amax,
+            implementation=config.implementation,
+        )
+    o = _one_branch(q, k, v, config)
+    return (o, jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)) if return_amax else o
+
+
+def _one_branch(
+    q: Float[Array, "B L H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], config: AttentionConfig
+) -> Float[Array, "B L H d"]:
     match config.kind:
         case "dense":
             return kernels.dense_attention(q, k, v, implementation=config.implementation)
         case "sage":
             return kernels.sage_attention(q, k, v, implementation=config.implementation)
-    quantized = config.kind == "sagesla"
-    if proj_l is None:
-        block_index = kernels.sla_block_map(q, k, topk=config.topk, block_q=config.block_q, block_k=config.block_k)
-        return kernels.block_sparse_attention(
-            q,
-            k,
-            v,
-            block_index,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            quantized=quantized,
-            implementation=config.implementation,
-        )
-    weight, bias = proj_l
-    return kernels.sparse_linear_attention(
+    block_index = kernels.sla_block_map(q, k, topk=config.topk, block_q=config.block_q, block_k=config.block_k)
+    return kernels.block_sparse_attention(
         q,
         k,
         v,
-        weight,
-        bias,
-        topk=config.topk,
+        block_index,
         block_q=config.block_q,
         block_k=config.block_k,
-        quantized=quantized,
-        feature_map=config.feature_map,
+        quantized=config.kind == "sagesla",
         implementation=config.implementation,
     )

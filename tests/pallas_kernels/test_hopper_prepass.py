@@ -10,7 +10,14 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_kernels import _hopper_attention, _hopper_linear, _hopper_quantize
 from pallas_kernels._heads import heads_first
 from pallas_kernels._hopper_attention import value_max
-from pallas_kernels._quantize_qkv import E4M3_MAX, quantize_query_key, quantize_value, rotate, value_scale
+from pallas_kernels._quantize_qkv import (
+    E4M3_MAX,
+    quantize_query_key,
+    quantize_value,
+    rotate,
+    scale_of_largest,
+    value_scale,
+)
 from pallas_kernels._refusals import BLOCKS
 from pallas_kernels.linear_attention import FEATURE_MAPS
 
@@ -69,7 +76,8 @@ def test_the_sums_over_the_keys(feature_map):
     length, dim = 200, 64
     _, k, v = operands(length, dim)
     found = _hopper_linear.summarize_keys(k, v, length, feature_map, interpret=True)
-    products, f_sum, k_sums = jax.block_until_ready(found)
+    products, f_sum, k_sums, v_max = jax.block_until_ready(found)
+    assert v_max is None
     assert not interpret_pallas_call.get_races().races_found
     k, v = (heads_first(x).astype(jnp.float32) for x in (k, v))
     f = np.asarray(FEATURE_MAPS[feature_map](k).astype(jnp.bfloat16), np.float64)
@@ -79,6 +87,47 @@ def test_the_sums_over_the_keys(feature_map):
     padded = np.pad(k, ((0, 0), (0, -length % _hopper_linear.BLOCK), (0, 0)))
     want = padded.reshape(1, -1, _hopper_linear.BLOCK, dim).sum(axis=2)
     np.testing.assert_allclose(k_sums, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "dim", "dtype", "run"),
+    [
+        # Two runs, of which the last one has a single tile that ends within the rows that TMA moves.
+        (2, 133, 64, "bfloat16", 2),
+        (1, 200, 64, "float16", 24),
+        pytest.param(2, 261, 128, "bfloat16", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_the_largest_value_of_each_channel_comes_with_the_sums(monkeypatch, batch, length, dim, dtype, run):
+    """Exactly, wherever it stands and whatever its sign; the sums stay what they are."""
+    monkeypatch.setattr(_hopper_linear, "RUN", run)
+    heads = 2
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((batch, length, heads, dim)) for _ in range(2))
+    # Each channel's largest is in another row, the last one among them; one channel is zeros.
+    rows = np.arange(batch * heads * dim).reshape(batch, heads, dim) * 7 % length
+    rows[..., 1] = length - 1
+    signs = np.where(np.arange(dim) % 2, 9.0, -9.0)
+    np.put_along_axis(v, rows[:, None], np.broadcast_to(signs, rows[:, None].shape), axis=1)
+    v[..., 3] = 0.0
+    k, v = (_hopper_attention.whole_rows(jnp.asarray(x, dtype)) for x in (k, v))
+    found = _hopper_linear.summarize_keys(k, v, length, "softmax", v_max=True, interpret=True)
+    jax.block_until_ready(found)
+    assert not interpret_pallas_call.get_races().races_found
+    assert found.v_max is not None
+    assert found.v_max.dtype == jnp.float32
+    np.testing.assert_array_equal(found.v_max, np.abs(np.asarray(heads_first(v), np.float32)).max(axis=1))
+    np.testing.assert_array_equal(scale_of_largest(found.v_max), value_scale(heads_first(v)))
+    without = _hopper_linear.summarize_keys(k, v, length, "softmax", interpret=True)
+    jax.tree.map(np.testing.assert_array_equal, found[:3], without[:3])
+
+
+def test_known_maxima_of_the_values_give_the_same_operands():
+    q, k, v = operands(136, 64)
+    sizes = {"block_q": 64, "block_k": 128, "scale": 1.0, "smooth_k": True, "interpret": True}
+    v_max = jnp.abs(v).max(axis=1).astype(jnp.float32).reshape(-1, 64)
+    found, want = (_hopper_attention.sage_operands(q, k, v, None, v_max=known, **sizes) for known in (v_max, None))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 @pytest.mark.parametrize("keys", sorted({block_k for _, block_k in BLOCKS}))

@@ -96,6 +96,43 @@ def test_what_does_not_fit_is_named(w, feature_map, message):
         sparse_linear_attention(q, k, v, jnp.zeros(w), jnp.zeros(16), feature_map=feature_map, **SIZES)
 
 
+def largest(o):
+    return np.abs(np.asarray(o, np.float32)).max(axis=(2, 3))
+
+
+@pytest.mark.parametrize(("dtype", "quantized"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_the_largest_output_of_each_token(dtype, quantized):
+    """That of what is returned, exactly, and what is returned stays what it is."""
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs("gaussian", 2, 70, 70, 3, 32))
+    w, b = (jnp.asarray(x, dtype) for x in projection(32))
+    o, amax = sparse_linear_attention(q, k, v, w, b, quantized=quantized, return_amax=True, **SIZES)
+    assert o.dtype == q.dtype
+    assert amax.dtype == jnp.float32
+    np.testing.assert_array_equal(amax, largest(o))
+    np.testing.assert_array_equal(o, sparse_linear_attention(q, k, v, w, b, quantized=quantized, **SIZES))
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), [("xla", "float32"), ("interpret", "bfloat16")])
+def test_the_largest_output_has_the_derivative_of_its_formula(implementation, dtype):
+    """In both modes, beside the output's own; the kernel's op has XLA's, to bfloat16."""
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs("gaussian", 1, 72, 72, 1, 64))
+    w, b = (jnp.asarray(x, dtype) for x in projection(64))
+    op = functools.partial(sparse_linear_attention, topk=0.5, block_q=64, block_k=64)
+
+    def both(v):
+        o, amax = op(q, k, v, w, b, return_amax=True, implementation=implementation)
+        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(amax)
+
+    def formula(v):
+        o = op(q, k, v, w, b, implementation="xla").astype(jnp.float32)
+        return jnp.sum(o) + jnp.sum(jnp.max(jnp.abs(o), axis=(2, 3)))
+
+    bound = 1e-5 if dtype == "float32" else 3e-2
+    assert relative(jax.grad(both)(v), jax.grad(formula)(v)) <= bound
+    found, want = (jax.jvp(loss, (v,), (v,))[1] for loss in (both, formula))
+    assert float(found) == pytest.approx(float(want), rel=bound)
+
+
 @pytest.mark.parametrize(
     ("length", "dim", "blocks", "quantized", "feature_map"),
     [
@@ -126,3 +163,28 @@ def test_the_fused_hopper_kernels_agree_in_the_interpreter(length, dim, blocks, 
     want = op(q, k, v, w, b, implementation="xla")
     assert relative(got, want) <= (3e-2 if quantized else 5e-3)
     assert relative(op(q, k, v, 0 * w, 0 * b, implementation="xla"), want) > 0.1, "the linear branch does not show"
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "dim", "blocks", "quantized"),
+    [
+        # Lengths end within the rows that TMA moves, within a warpgroup's, or leave one without any.
+        (2, 135, 64, (64, 128), True),
+        (1, 61, 64, (128, 64), False),
+        pytest.param(1, 200, 128, (64, 64), True, marks=pytest.mark.slow),
+        pytest.param(2, 197, 128, (128, 64), True, marks=pytest.mark.slow),
+        pytest.param(1, 130, 64, (64, 64), False, marks=pytest.mark.slow),
+        pytest.param(1, 300, 128, (64, 128), False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_fused_kernels_give_the_largest_output_of_each_token(batch, length, dim, blocks, quantized):
+    """Over two heads, of what they return, exactly; without races."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs("outliers", batch, length, length, 2, dim))
+    w, b = (jnp.asarray(x, jnp.bfloat16) for x in projection(dim))
+    op = functools.partial(sparse_linear_attention, topk=0.5, block_q=blocks[0], block_k=blocks[1], quantized=quantized)
+    o, amax = jax.block_until_ready(op(q, k, v, w, b, return_amax=True, implementation="interpret"))
+    assert not interpret_pallas_call.get_races().races_found
+    assert amax.dtype == jnp.float32
+    np.testing.assert_array_equal(amax, largest(o))
+    want = op(q, k, v, w, b, implementation="xla")
+    assert relative(o, want) <= (3e-2 if quantized else 5e-3)

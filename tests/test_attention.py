@@ -1,0 +1,22 @@
+"""The one dispatch of attention: what it hands on, and what it adds itself."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from turbojax.attention import AttentionConfig, attend
+
+
+@pytest.mark.parametrize("kind", ["dense", "sage", "sla", "sagesla"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_the_largest_output_of_each_token(kind, projected):
+    """That of what is returned, exactly, and what is returned stays what it is."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 40, 2, 16)), jnp.bfloat16) for _ in range(3))
+    weight, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((16, 16), (16,)))
+    proj_l = (weight, bias) if projected else None
+    config = AttentionConfig(kind, topk=0.5, block_q=16, block_k=8)
+    o, amax = attend(q, k, v, config, proj_l, return_amax=True)
+    assert amax.dtype == jnp.float32
+    np.testing.assert_array_equal(amax, np.abs(np.asarray(o, np.float32)).max(axis=(2, 3)))
+    np.testing.assert_array_equal(o, attend(q, k, v, config, proj_l))
