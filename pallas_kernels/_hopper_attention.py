@@ -70,7 +70,8 @@ def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, in
     if block_index is not None:
         index = tail_first(block_index.reshape(n, *block_index.shape[2:]).astype(jnp.int32), k_scale.shape[1])
         index = _pad_axis(index, 1, tiles * TILE_Q // block_q)
-        k_scale = jnp.take_along_axis(k_scale, index.reshape(n, -1), axis=1).reshape(index.shape)
+        k_scale = jnp.take_along_axis(k_scale, index.reshape(n, -1), axis=1, mode="promise_in_bounds")
+        k_scale = k_scale.reshape(index.shape)
     return q8, q_scale, k8, k_scale, vt8, v_scale, index
 
 
@@ -124,8 +125,9 @@ def tail_first(index: jax.Array, blocks: int) -> jax.Array:
     """Lists with the ragged last block, where they have it, swapped to the front: only step 0 masks."""
     last = index == blocks - 1
     first = index[..., :1]
-    swapped = jnp.where(last, first, index)
-    return swapped.at[..., 0].set(jnp.where(jnp.any(last, axis=-1), blocks - 1, first[..., 0]))
+    front = jnp.where(jnp.any(last, axis=-1, keepdims=True), blocks - 1, first)
+    # Chosen and not written in place, which XLA does in a kernel of its own and slowly.
+    return jnp.where(jnp.arange(index.shape[-1]) == 0, front, jnp.where(last, first, index))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
@@ -66,7 +67,7 @@ def top_blocks(scores: Float[Array, "rows width"], k: int, count: int, *, interp
     wanted = k - jnp.sum(above, axis=1, dtype=jnp.int32, keepdims=True)
     # Running counts of both, by the tensor cores.
     marks = jnp.where(above, 1.0, jnp.where(equal, float(SECOND), 0.0)).astype(jnp.bfloat16)
-    upto = jnp.triu(jnp.ones((width, width), jnp.bfloat16))
+    upto = jnp.asarray(np.triu(np.ones((width, width))), jnp.bfloat16)  # a constant of the program, not a kernel
     counts = jnp.dot(marks, upto, preferred_element_type=jnp.float32).astype(jnp.int32)
     selected = counts % SECOND + jnp.minimum(counts // SECOND, wanted)
     # The first column that has s + 1 selected ones up to it, for s = 0 ... k - 1.

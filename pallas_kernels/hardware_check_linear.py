@@ -144,17 +144,16 @@ def check_rounding(m, k, n) -> dict[str, Any]:
     """Rows rounded ahead of the product against rows rounded before it, on inputs in turn: where a product reads what
     is not rounded yet, it reads what the call before left there."""
     ahead, before = (jax.jit(partial(int8_linear, implementation="mosaic_gpu")) for _ in range(2))
-    differing, largest = 0.0, 0.0
+    differing = 0.0
     for seed in range(4):
         x, _, _, weight_q, weight_scale, bias = random_product(m, k, n, False, seed=seed)
-        x = x * (1.0 + seed)
+        # Largest magnitudes of 127 times a power of two: of others the last bit of 127 / amax would decide ties.
+        power = 2.0 ** (jnp.arange(m) % 5 - 3.0 + seed)[:, None]
+        x = (jnp.clip(x * 20, -126, 126) * power).at[:, seed].set(127 * power[:, 0]).astype(jnp.bfloat16)
         amax = jnp.abs(x).max(axis=-1).astype(jnp.float32)
         told, alone = ahead(x, weight_q, weight_scale, bias, x_amax=amax), before(x, weight_q, weight_scale, bias)
-        apart = jnp.abs(told.astype(jnp.float32) - alone.astype(jnp.float32))
-        differing = max(differing, float((apart > 0).mean()))
-        largest = max(largest, float(apart.max() / jnp.abs(alone).max()))
-    # The last bit of 127 / amax decides ties, x = amax / 2 for one: then one integer of K differs by 1.
-    return {"differing": differing, "largest": largest, "ok": differing <= 1e-2 and largest <= 2**-7}
+        differing = max(differing, float((told != alone).mean()))
+    return {"differing": differing, "ok": differing == 0.0}
 
 
 def check_measure(m, k, n, measure) -> dict[str, Any]:
@@ -162,7 +161,9 @@ def check_measure(m, k, n, measure) -> dict[str, Any]:
     _, q, x_scale, weight_q, weight_scale, bias = random_product(m, k, n, False)
     run = jax.jit(partial(int8_linear, implementation="mosaic_gpu", measure=measure))
     y, measured = run(q, weight_q, weight_scale, bias, x_scale=x_scale)
-    error = float(jnp.abs(measured / measure_rows(y, measure) - 1.0).max())
+    want = np.asarray(measure_rows(y, measure), np.float64)
+    error = float(np.abs(np.asarray(measured, np.float64) / want - 1.0).max())
+    # Sums in another order; a maximum is one of the numbers.
     return {"relative_error": error, "ok": error <= (0.0 if measure == "amax" else 1e-5)}
 
 

@@ -105,14 +105,16 @@ def hopper_gemm(
     # Vectors cover whole tiles: loads into registers are not clipped.
     columns = (0, padded_n - n)
     operands = {"x": x, "weight": weight, "bias": jnp.pad(bias, columns)}
+    padded_m = m_tiles * TILE_M * cluster
     if x_amax is not None:
-        amax = jnp.maximum(x_amax, AMAX_FLOOR)
-        x_scale, inverse = amax / INT8_MAX_TOKEN, jnp.pad(INT8_MAX_TOKEN / amax, (0, m - rows))
+        # Filled up first: then one pass of XLA gives both.
+        amax = jnp.maximum(jnp.pad(x_amax, (0, padded_m - rows)), AMAX_FLOOR)
+        x_scale, inverse = amax / INT8_MAX_TOKEN, INT8_MAX_TOKEN / amax
         if ahead:
             operands["inverse"] = inverse
         else:
-            operands["x"] = rounded_to_int8(x.astype(jnp.float32) * inverse[:, None])
-    operands["x_scale"] = x_scale if blocks else jnp.pad(x_scale, (0, m_tiles * TILE_M * cluster - rows))
+            operands["x"] = rounded_to_int8(x.astype(jnp.float32) * inverse[:m, None])
+    operands["x_scale"] = x_scale if blocks else jnp.pad(x_scale, (0, padded_m - len(x_scale)))
     operands |= {"weight_scale": weight_scale} if blocks else {"column_scale": jnp.pad(column_scale, columns)}
     if residual is not None:
         operands["residual"] = residual
@@ -338,7 +340,7 @@ def hopper_gemm(
     scratch |= {f"{name}_smem": plgpu.SMEM((tile_n,), operands[name].dtype) for name in vectors}
     outputs = {"out": jax.ShapeDtypeStruct((m, n), dtype)}
     if how is not None:
-        outputs["measured"] = jax.ShapeDtypeStruct((n_tiles, m_tiles * TILE_M * cluster), jnp.float32)
+        outputs["measured"] = jax.ShapeDtypeStruct((n_tiles, padded_m), jnp.float32)
     if ahead:
         outputs["integers"] = jax.ShapeDtypeStruct((m, k), jnp.int8)
     out, *more = plgpu.kernel(

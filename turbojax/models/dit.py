@@ -100,7 +100,8 @@ class SelfAttention(Attention):
         q = kernels.rms_norm_rope(q, self.norm_q.scale[...], *rope, eps=self.norm_q.eps)
         k = kernels.rms_norm_rope(k, self.norm_k.scale[...], *rope, eps=self.norm_k.eps)
         proj_l = None if self.proj_l is None else (self.proj_l.kernel[...].T, self.proj_l.bias[...])
-        return self.onto(residual, attend(q, k, v, attention, proj_l), gate)
+        out = attend(q, k, v, attention, proj_l, return_amax=self.o.rounds_rows)
+        return self.onto(residual, out, gate)
 
 
 class TextAttention(Attention):
