@@ -31,17 +31,16 @@ ROWS = """
 ## The article's rows
 
 Seconds of the DiT alone, 4 steps at top-k 0.1, whole sampler in one program; image to video with two distinct experts
-on the card. "sagesla" is in blocks of 64x128, as TurboDiffusion has it on this GPU; "sla" was measured before its
-16-bit attention took the maximum during P V, which alone takes 3 to 4% less since. The baseline is ours: dense bf16
-(cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed, before
-the other columns, and scaled to 50. "Memory" is arguments plus temporaries of the fastest program, as the compiler
-counts them.{text}
+on the card. "sagesla" is in blocks of 64x128, as TurboDiffusion has it on this GPU. The baseline is ours: dense bf16
+(cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed, sessions
+before the other columns, and scaled to 50. "Memory" is arguments plus temporaries of the fastest program, as the
+compiler counts them.{text}
 
 | row | baseline, 50 steps | {rungs} | best speed-up | memory |
 |---|---|{rules}|---|---|
 """
-FOLDED = """ Prompts of up to {tokens} tokens:
-their padding to 512 rows is folded into one, exactly, in all columns but the baseline's."""
+FOLDED = """ Prompts of up to {tokens} tokens: their padding to 512 rows is folded into one, exactly,
+but for the baseline and where a mark says so."""
 BACKWARD = """
 ## Backward
 
@@ -62,7 +61,7 @@ bf16, one prompt of 512 tokens, one clip of 81 frames. "Memory" is arguments plu
 PROFILE = """
 ## Where the time of a row went
 
-{row}, {rung}: {gpu_ms:.0f} ms on the GPU in {launches} launches, {seconds:.3f} s by the clock.
+{row}, {rung}: {gpu_ms:.0f} ms on the GPU in {launches} launches, {seconds:.3f} s by the clock{note}.
 
 | kernel | launches | ms |
 |---|---|---|
@@ -72,8 +71,8 @@ CHECKS = """
 
 On the card, against float32 references: {attention} cases of attention and sparse-linear attention (every block size,
 lengths from 1 to 200,000, outliers, zeros, logits of 1e4, and the portable kernels as built for sm_80, sm_89 and
-sm_90), {gradients} of gradients, {linear} of the linear kernels. {failed} Largest relative error of INT8 attention
-{int8:.3f}, of 16-bit attention {bf16:.4f}, of a gradient {gradient:.4f}.
+sm_90), {text} of attention to a text, {gradients} of gradients, {linear} of the linear kernels. {failed} Largest
+relative error of INT8 attention {int8:.3f}, of 16-bit attention {bf16:.4f}, of a gradient {gradient:.4f}.
 """
 ATTENTION = """
 ## Attention
@@ -178,14 +177,15 @@ def ends_table(data: dict[str, Any]) -> str:
 def profile_tables(data: dict[str, Any]) -> str:
     out = []
     for i, profile in enumerate(data["profiles"]):
-        text = PROFILE.format(**profile)
+        note = f" ({profile['note']})" if "note" in profile else ""
+        text = PROFILE.format(**profile | {"note": note})
         out.append(text if i == 0 else text.replace("\n## Where the time of a row went\n", ""))
         out += [f"| {k['name'][:60]} | {k['launches']} | {k['ms']:.1f} |\n" for k in profile["kernels"]]
     return "".join(out)
 
 
 def checks_text(data: dict[str, Any]) -> str:
-    parts = {name: data[name] for name in ("attention", "gradients", "linear")}
+    parts = {name: data[name] for name in ("attention", "text", "gradients", "linear")}
     failed = [row["name"] for rows in parts.values() for row in rows if not row["ok"]]
 
     def largest(kinds: tuple[str, ...]) -> float:

@@ -2,7 +2,8 @@
 
 The warpgroup that loads for a product needs one warp for that. The other three round rows meanwhile, all blocks each
 their share, in the order in which the products take them; a count for each tile of rows says how far they are. So the
-memory is read and written while the tensor cores multiply, and not before.
+memory is read and written while the tensor cores multiply, and not before. A block waits for rows of all others, so
+the grid must not have more of them than the card holds at once.
 
 In PTX: Mosaic GPU has no arrays that belong to a warp.
 """
