@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels._attention_kernels import HOPPER
@@ -125,5 +126,18 @@ def sparse_linear_attention(
 def _differentiated_as(apart: Callable[..., Any], fused: Callable[..., Any]) -> Callable[..., Any]:
     """`fused`; under differentiation, in either mode, `apart`, the same function whose parts have derivatives."""
     op = jax.custom_jvp(lambda *args: fused(*args))
-    op.defjvp(lambda primals, tangents: jax.jvp(apart, primals, tangents))
+
+    @functools.partial(op.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        # Only along what moves: a zero written out would be a constant to the parts' derivatives, which have no
+        # transpose for one.
+        moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+
+        def moved(*moving):
+            rest = iter(moving)
+            return apart(*(next(rest) if move else x for x, move in zip(primals, moves, strict=True)))
+
+        points, directions = (tuple(x for x, move in zip(xs, moves, strict=True) if move) for xs in (primals, tangents))
+        return jax.jvp(moved, points, directions)
+
     return op

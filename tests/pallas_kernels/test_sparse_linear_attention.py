@@ -79,6 +79,23 @@ def test_derivatives_are_those_of_finite_differences():
         assert float(reverse) == pytest.approx(float(difference), rel=1e-6)
 
 
+def test_a_gradient_along_some_arguments_is_that_part_of_the_whole():
+    """As where q and k are frozen: what does not move is a constant to the kernels' derivatives too."""
+    rng = np.random.default_rng(0)
+    x = [jnp.asarray(rng.normal(size=(1, 64, 1, 64)), jnp.bfloat16) for _ in range(3)]
+    w, b = (jnp.asarray(rng.normal(size=size) / 8, jnp.bfloat16) for size in ((64, 64), (64,)))
+
+    def loss(*args):
+        o = sparse_linear_attention(*args, topk=0.5, block_q=64, block_k=64)
+        return jnp.sum(jnp.square(o.astype(jnp.float32)))
+
+    whole = jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*x, w, b)
+    for moving in ((2,), (0, 4)):
+        for i, got in zip(moving, jax.grad(loss, argnums=moving)(*x, w, b), strict=True):
+            assert np.any(np.asarray(got, np.float32))
+            np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(whole[i], np.float32))
+
+
 def test_the_quantised_op_has_no_derivative():
     q, k, v = inputs("gaussian", 1, 32, 32, 1, 16)
     w, b = jnp.zeros((16, 16)), jnp.zeros(16)
