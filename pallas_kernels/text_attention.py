@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels._attention_kernels import HOPPER
 from pallas_kernels._attention_xla import compute_dtype, default_scale, map_chunks
 from pallas_kernels._derivatives import derivative_of
 from pallas_kernels._heads import check_qkv, with_largest
@@ -17,7 +18,6 @@ from pallas_kernels._refusals import MAX_HEADS
 from pallas_kernels.dense_attention import cudnn_refusal, dense_attention
 from pallas_kernels.dispatch import dispatch, gpu_arch
 
-HOPPER = (9, 0)
 HEAD_DIM = 128
 MAX_COLUMNS = 256
 """K and V of a head stay in shared memory, and a row of scores in registers."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, overload
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 import pallas_kernels as kernels
+from pallas_kernels._heads import with_largest
 
 Kind = Literal["dense", "sage", "sla", "sagesla"]
 FeatureMap = Literal["softmax", "elu", "relu"]
@@ -98,7 +98,7 @@ def attend(
             implementation=config.implementation,
         )
     o = _one_branch(q, k, v, config)
-    return (o, jnp.max(jnp.abs(o), axis=(2, 3)).astype(jnp.float32)) if return_amax else o
+    return with_largest(o) if return_amax else o
 
 
 def _one_branch(
