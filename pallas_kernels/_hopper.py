@@ -49,6 +49,12 @@ def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def ones(rows: int, columns: int, dtype) -> jax.Array:
+    """An array for kernels whose first `rows` rows are ones. The others are zeros: an array of equal numbers XLA would
+    write anew in every layer; this one is a constant of the program."""
+    return jnp.asarray(np.repeat([1.0, 0.0], rows)[:, None].repeat(columns, axis=1), dtype)
+
+
 def product(a, b, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
     """a @ b of two SMEM refs, or of a register operand and an SMEM ref.
 

@@ -16,7 +16,8 @@ from pallas_kernels._hopper_attention_kernel import (
     LinearBranch,
     hopper_attention,
 )
-from pallas_kernels._quantize_qkv import E4M3_MAX, rotate, scale_of_largest, value_scale
+from pallas_kernels._hopper_top_blocks import listed
+from pallas_kernels._quantize_qkv import E4M3_MAX, rotate_few, scale_of_largest, value_scale
 
 TMA_ROWS = 8
 """Arrays in global memory have a multiple of so many rows. What lies past the end is read as zeros, never written."""
@@ -47,32 +48,38 @@ def value_max(keys: int) -> float:
     return 112.0 / keys
 
 
-def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None):
-    """What `hopper_attention` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense).
+def sage_operands(q, k, v, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None):
+    """What `hopper_attention` reads for dense attention, from q, k, v [b, l, h, d].
 
     mean_k, v_max: the mean key and max |v| over the keys, float32 [b * h, d], where they are known already.
     """
-    b, lq, h, _ = q.shape
-    lk, n, tiles = k.shape[1], b * h, -(-lq // TILE_Q)
-    keys = -(-lk // block_k) * block_k
+    lq, lk = q.shape[1], k.shape[1]
+    rows, keys = -(-lq // TILE_Q) * TILE_Q, -(-lk // block_k) * block_k
     mean = None
     if smooth_k:
-        mean = rotate(quantize.mean_key(k) if mean_k is None else mean_k)
+        mean = rotate_few(quantize.mean_key(k) if mean_k is None else mean_k)
     v_scale = value_scale(v).reshape(-1, v.shape[-1]) if v_max is None else scale_of_largest(v_max)
     v_scale = v_scale * (E4M3_MAX / value_max(block_k))
     q, k, v = map(whole_rows, (q, k, v))
-    q8, q_scale = quantize.quantize_rows(q, None, lq, tiles * TILE_Q, block_q, interpret=interpret)
+    q8, q_scale = quantize.quantize_rows(q, None, lq, rows, block_q, interpret=interpret)
     k8, k_scale = quantize.quantize_rows(k, mean, lk, keys, block_k, interpret=interpret)
     vt8 = quantize.quantize_values(v, 1.0 / v_scale, keys, interpret=interpret)
     # In halves of a tile, however many rows share a scale.
     q_scale = jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
-    index = None
-    if block_index is not None:
-        index = tail_first(block_index.reshape(n, *block_index.shape[2:]).astype(jnp.int32), k_scale.shape[1])
-        index = _pad_axis(index, 1, tiles * TILE_Q // block_q)
-        k_scale = jnp.take_along_axis(k_scale, index.reshape(n, -1), axis=1, mode="promise_in_bounds")
-        k_scale = k_scale.reshape(index.shape)
-    return q8, q_scale, k8, k_scale, vt8, v_scale, index
+    return q8, q_scale, k8, k_scale, vt8, v_scale, None
+
+
+def over_lists(operands, index, k_scale, block_q):
+    """The operands of dense attention for attention over lists: index int32 [b, h, nq, n], each list `tail_first`, and
+    k_scale [b, h, nq, n] of its blocks, or None in 16 bits."""
+    b, h, _, selected = index.shape
+    q8, q_scale, k8, _, v, v_scale, _ = operands
+    lists = -(-q8.shape[1] // TILE_Q) * TILE_Q // block_q
+
+    def whole_tiles(x):
+        return None if x is None else _pad_axis(x.reshape(b * h, -1, selected), 1, lists)
+
+    return q8, q_scale, k8, whole_tiles(k_scale), v, v_scale, whole_tiles(index)
 
 
 def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret):
@@ -81,22 +88,22 @@ def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, int
     Returns (output [b, lq, h, d] in q's dtype, natural log-sum-exp [b, h, lq] float32).
     """
     sizes = {"block_q": block_q, "block_k": block_k}
-    operands = sage_operands(q, k, v, block_index, scale=scale, smooth_k=smooth_k, interpret=interpret, **sizes)
+    operands = sage_operands(q, k, v, scale=scale, smooth_k=smooth_k, interpret=interpret, **sizes)
+    if block_index is not None:
+        k_scale = operands[3]
+        index = tail_first(block_index, k_scale.shape[1])
+        operands = over_lists(operands, index, listed(k_scale, index), block_q)
     return attend(operands, q, k, block_q, block_k, None, interpret)[:2]
 
 
-def sparse_operands(q, k, v, block_index, *, block_q, block_k):
-    """What `hopper_attention` reads for 16-bit attention over block lists; arguments as for `sage_operands`."""
-    b, lq, h, _ = q.shape
-    tiles, blocks = -(-lq // TILE_Q), -(-k.shape[1] // block_k)
-    index = tail_first(block_index.reshape(b * h, *block_index.shape[2:]).astype(jnp.int32), blocks)
-    index = _pad_axis(index, 1, tiles * TILE_Q // block_q)
-    return whole_rows(q), None, whole_rows(k), None, whole_rows(v), None, index
+def sparse_operands(q, k, v, index, block_q):
+    """What `hopper_attention` reads for 16-bit attention over lists: q, k, v [b, l, h, d]; index as of `over_lists`."""
+    return over_lists((whole_rows(q), None, whole_rows(k), None, whole_rows(v), None, None), index, None, block_q)
 
 
 def sparse_forward(q, k, v, block_index, *, scale, block_q, block_k, interpret):
     """16-bit attention over block lists; arguments and results as for `sage_forward`."""
-    operands = sparse_operands(q, k, v, block_index, block_q=block_q, block_k=block_k)
+    operands = sparse_operands(q, k, v, tail_first(block_index, -(-k.shape[1] // block_k)), block_q)
     return attend(operands, q, k, block_q, block_k, scale * hw.LOG2E, interpret)[:2]
 
 
@@ -122,7 +129,8 @@ def attend(operands, q, k, block_q, block_k, scale, interpret, linear: LinearBra
 
 
 def tail_first(index: jax.Array, blocks: int) -> jax.Array:
-    """Lists with the ragged last block, where they have it, swapped to the front: only step 0 masks."""
+    """Lists of int32 with the ragged last block, where they have it, swapped to the front: only step 0 masks."""
+    index = index.astype(jnp.int32)
     last = index == blocks - 1
     first = index[..., :1]
     front = jnp.where(jnp.any(last, axis=-1, keepdims=True), blocks - 1, first)

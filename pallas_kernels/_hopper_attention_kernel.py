@@ -68,7 +68,7 @@ class LinearBranch(NamedTuple):
     """What is added to the output: f(q) `combined` / (f(q) . f_sum + eps) + bias, f being `feature_map`.
 
     q: the queries [b, lq, h, d] where the kernel has INT8 ones, else None. combined: f(k)^T v and the projection
-    multiplied, [n, d, d] in q's dtype. f_sum: float32 [n, d], sum of f(k). bias: float32 [d].
+    multiplied, [n, d, d] in q's dtype. f_sum: float32 [n, d], sum of f(k). bias: [d], any float.
     """
 
     q: jax.Array | None
@@ -203,7 +203,7 @@ def _load(call: Call, ref, at: Place, ring: int):
 
     for slot in range(stages if call.quantized else 0):
         below = ref["v_smem"].at[ring, slot, pl.ds(call.dim, call.sum_rows)]
-        plgpu.copy_gmem_to_smem(ref["ones"], below, first_full)
+        plgpu.copy_gmem_to_smem(ref["ones"].at[pl.ds(0, call.sum_rows)], below, first_full)
     now = blocks_of(jnp.int32(0))
     load_keys(now, 0, first_full)
     before, _ = lax.fori_loop(1, steps, step, (now, blocks_of(jnp.int32(1))))
@@ -372,7 +372,7 @@ def _linear_branch(call: Call, ref, at: Place, feature_map: str):
     operand = hw.to_16bit(f, call.dtype, tile if call.interpret else None)
     plgpu.barrier_wait(ref["combined_full"])
     product = hw.product(operand, ref["combined_smem"], (hw.ROWS, call.dim))
-    bias = plgpu.load(ref["bias"], layout=hw.PER_COLUMN, optimized=False)
+    bias = plgpu.load(ref["bias"], layout=hw.PER_COLUMN, optimized=False).astype(jnp.float32)
     return product * hw.per_row(1.0 / norm, product) + hw.per_column(bias, product)
 
 
@@ -453,7 +453,7 @@ def hopper_attention(
         inputs |= {"raw_q": linear.q, "combined": linear.combined, "f_sum": linear.f_sum, "bias": linear.bias}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     if quantized:
-        inputs["ones"] = jnp.ones((call.sum_rows, call.width), v.dtype)
+        inputs["ones"] = hw.ones(call.sum_rows, call.width, v.dtype)
     stages, parts, rings = config.stages, config.blocks, call.rings
     slots = rings * stages
     v_tile = (dim + call.sum_rows, call.width) if quantized else (call.width, dim)

@@ -46,11 +46,12 @@ FEATURE_MAPS: dict[str, Callable] = {
 
 
 class KeySummary(NamedTuple):
-    """float32. products: f(k)^T v [b * h, d, d]. f_sum: of f(k) [b * h, d]. k_sums: of k over each BLOCK keys
-    [b * h, blocks, d]. v_max: max |v| [b * h, d], or None."""
+    """float32. products: f(k)^T v [b * h, d, d]. f_sum, k_sum: of f(k) and of k [b * h, d]. k_sums: of k over each
+    BLOCK keys [b * h, blocks, d]. v_max: max |v| [b * h, d], or None."""
 
     products: jax.Array
     f_sum: jax.Array
+    k_sum: jax.Array
     k_sums: jax.Array
     v_max: jax.Array | None
 
@@ -62,7 +63,6 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
     tiles = -(-length // BLOCK)
     runs = -(-tiles // RUN)
     features = FEATURE_MAPS[feature_map]
-    ones = jnp.ones((COLUMNS, BLOCK), k.dtype)
 
     def body(ref):
         head = lax.axis_index("head")
@@ -74,7 +74,7 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
             plgpu.copy_gmem_to_smem(ref["k"].at[batch, rows, h], k_smem.at[slot], barrier)
             plgpu.copy_gmem_to_smem(ref["v"].at[batch, rows, h], v_smem.at[slot], barrier)
 
-        plgpu.copy_gmem_to_smem(ref["ones"], ref["ones_smem"], ref["ones_full"])
+        plgpu.copy_gmem_to_smem(ref["ones"].at[pl.ds(0, COLUMNS)], ref["ones_smem"], ref["ones_full"])
         run = hw.start_run(fetch, ref["full"], SLOTS, RUN, tiles, SLOTS - 1)
         plgpu.barrier_wait(ref["ones_full"])
         ones_right = ref["ones_smem"].transpose((1, 0))
@@ -103,14 +103,21 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
             tops = lax.fori_loop(0, run.count, step, tops)
             return products[...], sums[...], tops
 
-        products, sums, tops = pl.run_scoped(
+        products, f_sum, tops = pl.run_scoped(
             over_tiles,
             plgpu.WGMMAAccumulatorRef((dim, dim), jnp.float32),
             plgpu.WGMMAAccumulatorRef((dim, COLUMNS), jnp.float32),
         )
         number = lax.axis_index("run")
         ref["kv"].at[head, number][...] = products
-        ref["f_sums"].at[head, number][...] = sums.max(axis=1)
+        ref["totals"].at[0, head, number][...] = f_sum.max(axis=1)
+        # From shared memory, as the loop has no registers left for it.
+        ref["totals"].at[1, head, number][...] = lax.fori_loop(
+            0,
+            run.count,
+            lambda i, total: total + plgpu.load(sums_smem.at[i], layout=hw.PER_ROW, optimized=False),
+            hw.full((dim,), 0.0, hw.PER_ROW),
+        )
         for top in tops:
             ref["v_max"].at[head, number][...] = top.max(axis=0).astype(jnp.float32)
         plgpu.commit_smem()
@@ -118,10 +125,10 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
         plgpu.wait_smem_to_gmem(0)
 
     n = b * heads
-    inputs = {"k": k, "v": v, "ones": ones}
+    inputs = {"k": k, "v": v, "ones": hw.ones(COLUMNS, BLOCK, k.dtype)}
     outputs = {
         "kv": jax.ShapeDtypeStruct((n, runs, dim, dim), jnp.float32),
-        "f_sums": jax.ShapeDtypeStruct((n, runs, dim), jnp.float32),
+        "totals": jax.ShapeDtypeStruct((2, n, runs, dim), jnp.float32),
         "k_sums": jax.ShapeDtypeStruct((n, runs * RUN, dim), jnp.float32),
     }
     if v_max:
@@ -135,11 +142,12 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         "ones_full": plgpu.Barrier(),
     }
-    kv, f_sums, k_sums, *tops = hw.by_runs(
+    kv, totals, k_sums, *tops = hw.by_runs(
         body, "summarize_keys", inputs, outputs, scratch, heads=n, runs=runs, interpret=interpret
     )
     largest = tops[0].max(axis=1) if v_max else None
-    return KeySummary(kv.sum(axis=1), f_sums.sum(axis=1), k_sums[:, :tiles], largest)
+    f_sum, k_sum = totals.sum(axis=2)
+    return KeySummary(kv.sum(axis=1), f_sum, k_sum, k_sums[:, :tiles], largest)
 
 
 def block_sums(x, *, interpret):
@@ -150,7 +158,6 @@ def block_sums(x, *, interpret):
     b, length, heads, dim = x.shape
     tiles = -(-length // BLOCK)
     runs = -(-tiles // SUM_RUN)
-    ones = jnp.ones((COLUMNS, BLOCK), x.dtype)
 
     def body(ref):
         head = lax.axis_index("head")
@@ -160,7 +167,7 @@ def block_sums(x, *, interpret):
         def fetch(tile, slot, barrier):
             plgpu.copy_gmem_to_smem(ref["x"].at[batch, pl.ds(tile * BLOCK, BLOCK), h], x_smem.at[slot], barrier)
 
-        plgpu.copy_gmem_to_smem(ref["ones"], ref["ones_smem"], ref["ones_full"])
+        plgpu.copy_gmem_to_smem(ref["ones"].at[pl.ds(0, COLUMNS)], ref["ones_smem"], ref["ones_full"])
         run = hw.start_run(fetch, ref["full"], SUM_SLOTS, SUM_RUN, tiles, SUM_SLOTS)
         plgpu.barrier_wait(ref["ones_full"])
         ones_right = ref["ones_smem"].transpose((1, 0))
@@ -186,6 +193,6 @@ def block_sums(x, *, interpret):
         "full": plgpu.Barrier(num_barriers=SUM_SLOTS),
         "ones_full": plgpu.Barrier(),
     }
-    inputs = {"x": x, "ones": ones}
+    inputs = {"x": x, "ones": hw.ones(COLUMNS, BLOCK, x.dtype)}
     (sums,) = hw.by_runs(body, "block_sums", inputs, outputs, scratch, heads=n, runs=runs, interpret=interpret)
     return sums[:, :tiles]

@@ -10,9 +10,11 @@ In PTX: Mosaic GPU has no arrays that belong to a warp.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from pallas_kernels import _plgpu as plgpu
+from pallas_kernels.rounding import AMAX_FLOOR, INT8_MAX_TOKEN
 
 UNIT = 4
 """Rows a warp takes at a time: what it wrote is waited for, and told of, once for them."""
@@ -29,8 +31,8 @@ def supports_rounding_ahead(k: int) -> str | None:
     return None
 
 
-def round_rows(x, inverse, integers, finished, *, tile: int):
-    """What each of the WARPS does. x [m, k] bf16, inverse [m] float32, integers [m, k] int8, m a multiple of UNIT.
+def round_rows(x, amax, integers, finished, *, tile: int):
+    """What each of the WARPS does. x [m, k] bf16, amax [m] float32, integers [m, k] int8, m a multiple of UNIT.
 
     finished [ceil(m / tile)]: semaphores, one more for every UNIT rows of a tile.
     """
@@ -44,9 +46,9 @@ def round_rows(x, inverse, integers, finished, *, tile: int):
 
         i64 = ir.IntegerType.get_signless(64)
         pointers = [llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref)) for ref in refs]
-        llvm.inline_asm(None, pointers, _ptx(m, k, tile), "l,l,l,l", has_side_effects=True)
+        llvm.inline_asm(None, pointers, program(m, k, tile), "l,l,l,l", has_side_effects=True)
 
-    emit(x, inverse, integers, finished)
+    emit(x, amax, integers, finished)
 
 
 def fence_before_tma():
@@ -61,9 +63,12 @@ def fence_before_tma():
     fence()
 
 
-def _ptx(m: int, k: int, tile: int) -> str:
-    """A unit's rows lie behind each other, so it is one run of batches. While one is rounded the next is on its way:
-    two sets of registers take turns, a and b. Past the end of a unit its last batch is loaded again."""
+def program(m: int, k: int, tile: int) -> str:
+    """What each thread does. $0 x, $1 amax, $2 integers, $3 finished, as of `round_rows`.
+
+    A unit's rows lie behind each other, so it is one run of batches. While one is rounded the next is on its way:
+    two sets of registers take turns, a and b. Past the end of a unit its last batch is loaded again.
+    Lane i knows the maximum of row i of the unit, modulo UNIT, and tells the others."""
     lane_chunks = k // (CHUNK * LANES)
     batch = max(n for n in range(1, BATCH + 1) if lane_chunks % n == 0)
     row_batches = lane_chunks // batch
@@ -81,10 +86,6 @@ def _ptx(m: int, k: int, tile: int) -> str:
                 f"{name}{4 * t + 3}}}, [at + {LANES * t * 16}];"
                 for t in range(batch)
             ),
-            f"div.u32 r, r, {row_batches};",
-            "mul.wide.u32 wide, r, 4;",
-            "add.s64 at, factors, wide;",
-            f"ld.volatile.global.f32 factor_{name}, [at];",
             "add.u32 ahead, ahead, 1;",
             # Never taken. Without a branch ptxas waits for the other set before it sends for this one, so that it
             # needs fewer registers; nor is volatile enough.
@@ -94,8 +95,11 @@ def _ptx(m: int, k: int, tile: int) -> str:
         return "\n".join(lines)
 
     def store(name):
-        """What registers `name` hold, rounded, to `to`, which moves on."""
-        lines = []
+        """What registers `name` hold, batch `done`, rounded, to `to`; both move on."""
+        lines = [
+            f"div.u32 r, done, {row_batches};",
+            "shfl.sync.idx.b32 factor, own_factor, r, 31, 0xffffffff;",
+        ]
         for t in range(batch):
             for pair in range(2):
                 for word in range(2):
@@ -105,7 +109,7 @@ def _ptx(m: int, k: int, tile: int) -> str:
                         lines += [
                             take,
                             "mov.b32 value, r;",
-                            f"mul.rn.f32 value, value, factor_{name};",
+                            "mul.rn.f32 value, value, factor;",
                             "add.rn.f32 value, value, 0f4B400000;",
                             f"mov.b32 y{2 * word + half}, value;",
                         ]
@@ -115,15 +119,15 @@ def _ptx(m: int, k: int, tile: int) -> str:
                     f"prmt.b32 q{pair}, y0, y2, 0x5410;",
                 ]
             lines.append(f"st.volatile.global.v2.b32 [to + {LANES * t * 8}], {{q0, q1}};")
-        return "\n".join([*lines, f"add.s64 to, to, {step * 8};"])
+        return "\n".join([*lines, f"add.s64 to, to, {step * 8};", "add.u32 done, done, 1;"])
 
     words = ", ".join(f"{name}{i}" for name in "ab" for i in range(4 * batch))
     # An even number of batches lets the sets take turns; UNIT is even.
     return f"""{{
 .reg .pred more, first, never;
 .reg .b32 r, limit, lane, unit, units, ahead, done, q0, q1, y0, y1, y2, y3, {words};
-.reg .b64 from, to, factors, at, wide;
-.reg .f32 factor_a, factor_b, value;
+.reg .b64 from, to, at, wide;
+.reg .f32 amax, own_factor, factor, value;
 mov.u32 lane, %laneid;
 setp.eq.u32 first, lane, 0;
 mov.u32 r, %tid.x;
@@ -142,8 +146,11 @@ mul.wide.u32 wide, unit, {UNIT * k * 2};
 add.s64 from, $0, wide;
 mul.wide.u32 wide, lane, 16;
 add.s64 from, from, wide;
-mul.wide.u32 wide, unit, {UNIT * 4};
-add.s64 factors, $1, wide;
+and.b32 r, lane, {UNIT - 1};
+mad.lo.u32 r, unit, {UNIT}, r;
+mul.wide.u32 wide, r, 4;
+add.s64 at, $1, wide;
+ld.volatile.global.f32 amax, [at];
 mul.wide.u32 wide, unit, {UNIT * k};
 add.s64 to, $2, wide;
 mul.wide.u32 wide, lane, 8;
@@ -153,10 +160,11 @@ mov.u32 done, 0;
 {load("a")}
 BATCHES:
 {load("b")}
+max.f32 own_factor, amax, {_bits(AMAX_FLOOR)};
+div.rn.f32 own_factor, {_bits(INT8_MAX_TOKEN)}, own_factor;
 {store("a")}
 {load("a")}
 {store("b")}
-add.u32 done, done, 2;
 setp.lt.u32 more, done, {batches};
 @more bra BATCHES;
 fence.proxy.async.global;
@@ -169,3 +177,8 @@ add.u32 unit, unit, units;
 bra UNITS;
 DONE:
 }}"""
+
+
+def _bits(value: float) -> str:
+    """A float32 as PTX writes it."""
+    return "0f" + struct.pack(">f", value).hex().upper()

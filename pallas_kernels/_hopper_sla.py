@@ -16,13 +16,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _hopper as hw
-from pallas_kernels._hopper_attention import LinearBranch, attend, sage_operands, sparse_operands, whole_rows
+from pallas_kernels._hopper_attention import (
+    LinearBranch,
+    attend,
+    over_lists,
+    sage_operands,
+    sparse_operands,
+    tail_first,
+    whole_rows,
+)
 from pallas_kernels._hopper_linear import BLOCK, block_sums, summarize_keys
-from pallas_kernels._hopper_top_blocks import padded_width, top_blocks
-from pallas_kernels.block_map import block_counts, block_scores, centred_means, num_selected
-
-SORTED, COUNTED = 255, 1920
-"""Up to the first number of key blocks their scores are sorted; up to the second `top_blocks` can count."""
+from pallas_kernels._hopper_top_blocks import MOST, listed, top_blocks
+from pallas_kernels.block_map import block_counts, block_scores, num_selected
 
 
 def sla_forward(
@@ -42,40 +47,47 @@ def sla_forward(
         sums = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % per_block), (0, 0)))
         return sums.reshape(b, h, -1, per_block, dim).sum(axis=3)
 
-    sums = by_blocks(summary.k_sums, block_k)
-    pooled_k = sums / block_counts(length, block_k)[:, None]
+    mean_k = summary.k_sum / length
+    centred_k = by_blocks(summary.k_sums, block_k) / block_counts(length, block_k)[:, None]
+    centred_k = centred_k - mean_k.reshape(b, h, 1, dim)
+    # Sums of q in place of means: a row of scores keeps its order.
     sums_q = by_blocks(block_sums(whole_rows(q), interpret=interpret), block_q)
-    pooled_q = sums_q / block_counts(q.shape[1], block_q)[:, None]
-    index = route(pooled_q, centred_means(pooled_k, length, block_k), topk, interpret=interpret)
 
     combined = jnp.einsum("nde,oe->ndo", summary.products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     linear = LinearBranch(
         q=whole_rows(q) if quantized else None,
         combined=combined.astype(q.dtype),
         f_sum=summary.f_sum,
-        bias=proj_b.astype(jnp.float32),
+        bias=proj_b,
         feature_map=feature_map,
     )
-    sizes = {"block_q": block_q, "block_k": block_k}
     if quantized:
-        mean_k = sums.sum(axis=2).reshape(b * h, dim) / length
-        operands = sage_operands(
-            q, k, v, index, scale=scale, smooth_k=True, interpret=interpret, mean_k=mean_k, v_max=summary.v_max, **sizes
-        )
+        dense = sage_operands(
+            q, k, v, scale=scale, block_q=block_q, block_k=block_k, smooth_k=True, mean_k=mean_k, v_max=summary.v_max,
+            interpret=interpret,
+        )  # fmt: skip
+        index, k_scale = route(sums_q, centred_k, topk, dense[3], interpret=interpret)
+        operands = over_lists(dense, index, k_scale, block_q)
     else:
-        operands = sparse_operands(q, k, v, index, **sizes)
+        index, _ = route(sums_q, centred_k, topk, interpret=interpret)
+        operands = sparse_operands(q, k, v, index, block_q)
     factor = None if quantized else scale * hw.LOG2E
     o, _, largest = attend(operands, q, k, block_q, block_k, factor, interpret, linear, amax)
     return o, largest
 
 
-def route(pooled_q, centred_k, topk, *, interpret):
-    """The same blocks as `choose_blocks`; where they are many, in rising order."""
+def route(queries, centred_k, topk, k_scale=None, *, interpret):
+    """The blocks that `choose_blocks` takes, each list in an order that attention likes (`tail_first`), and what
+    k_scale float32 [b * h, nk] has for them, or None.
+
+    queries [b, h, nq, d]: means of query blocks, or sums. centred_k [b, h, nk, d].
+    """
     b, h, count, _ = centred_k.shape
     selected = num_selected(count, topk)
-    if not SORTED < count <= COUNTED:
-        return lax.top_k(block_scores(pooled_q, centred_k), selected)[1].astype(jnp.int32)
-    columns = (0, padded_width(count) - count)
-    scores = block_scores(pooled_q, jnp.pad(centred_k, ((0, 0), (0, 0), columns, (0, 0))))
-    index = top_blocks(scores.reshape(-1, scores.shape[-1]), selected, count, interpret=interpret)
-    return index.reshape(b, h, -1, selected)
+    scores = block_scores(queries, centred_k)
+    if count > MOST:
+        index = tail_first(lax.top_k(scores, selected)[1].astype(jnp.int32), count)
+        return index, None if k_scale is None else listed(k_scale, index)
+    index, scale = top_blocks(scores.reshape(-1, count), selected, k_scale, interpret=interpret)
+    shape = b, h, -1, selected
+    return index.reshape(shape), None if scale is None else scale.reshape(shape)

@@ -100,7 +100,7 @@ def _forward(operands, q, k, blocks, scale, interpret):
     n, block_k = b * h, blocks[1]
     rows, key_blocks = -(-lq // ROWS) * ROWS, -(-lk // block_k)
     if index is not None:
-        index = tail_first(index.reshape(n, *index.shape[2:]).astype(jnp.int32), key_blocks)
+        index = tail_first(index.reshape(n, *index.shape[2:]), key_blocks)
         if k_scale is not None:
             k_scale = jnp.take_along_axis(k_scale, index.reshape(n, -1), axis=1).reshape(index.shape)
     flat_q = _pad_axis(flat_q, 1, max(rows, flat_q.shape[1]))

@@ -53,7 +53,6 @@ def compile_cases() -> list[Case]:
 def _fused_cases() -> list[Case]:
     """Sparse-linear attention, fused on Hopper alone: elsewhere it is the cases above beside XLA."""
     variants = [(SHAPES[0], blocks, quantized, False) for blocks in BLOCKS for quantized in (True, False)]
-    # Enough key blocks to be chosen by counting.
     variants.append((SHAPES[1], BLOCKS[0], False, False))
     variants.append((SHAPES[0], BLOCKS[-1], True, True))
     cases = []

@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hardware_check_text
+from pallas_kernels import hardware_check_routing, hardware_check_text
 from pallas_kernels._attention_xla import block_sparse_xla, default_scale, dense_xla
 from pallas_kernels._heads import heads_first, heads_last
 from pallas_kernels._refusals import BLOCKS
 from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.dispatch import compiling_for, gpu_arch
+from pallas_kernels.hardware_check_routing import RoutingCheck
 from pallas_kernels.hardware_check_text import TextCheck
 from pallas_kernels.sage_attention import BLOCK_K, BLOCK_Q, sage_attention
 from pallas_kernels.sparse_linear_attention import sparse_linear_attention
@@ -114,8 +115,10 @@ DATA: dict[str, Callable] = {
 }
 
 
-def checks() -> list[Check | TextCheck]:
-    out: list[Check | TextCheck] = [Check("int8", length, 2, 128) for length in (128, 1024, 1, 64, 100, 333, 4100)]
+def checks() -> list[Check | TextCheck | RoutingCheck]:
+    out: list[Check | TextCheck | RoutingCheck] = [
+        Check("int8", length, 2, 128) for length in (128, 1024, 1, 64, 100, 333, 4100)
+    ]
     out += [Check("int8", 1024, 2, 128, blocks) for blocks in BLOCKS]
     out += [Check("int8", 777, 3, 128, blocks, "outliers", batch=2) for blocks in BLOCKS]
     out += [Check("int8", 1000, 3, 64, blocks, "mean") for blocks in (None, *BLOCKS)]
@@ -132,7 +135,7 @@ def checks() -> list[Check | TextCheck]:
         out += [Check(kind, 1000, 3, 64, BLOCKS[-1], dtype="float16", amax=True)]
         out += [Check(kind, 32_760, 12, 128, BLOCKS[-1], topk=0.1, amax=True)]
     out += [Check("int8", 32_760, 12, 128, blocks, "outliers", topk=0.1) for blocks in (None, *BLOCKS)]
-    # 720p, whose many key blocks are chosen by counting instead of sorting, and longer than any preset.
+    # 720p, and longer than any preset.
     out += [Check(kind, 75_600, 2, 128, BLOCKS[0], topk=0.1) for kind in ("sla", "sagesla")]
     out += [Check(kind, 200_000, 1, 128, BLOCKS[-1], topk=0.05) for kind in ("sla", "sagesla")]
     out.append(Check("int8", 200_000, 1, 128, None, "offset"))
@@ -145,12 +148,14 @@ def checks() -> list[Check | TextCheck]:
         large = functools.partial(Check, length=32_760, heads=12, dim=128, data="offset", topk=0.1, portable=arch)
         out += [large("int8", blocks=blocks) for blocks in (None, BLOCKS[0])]
         out.append(large("bf16", blocks=BLOCKS[0]))
-    return out + hardware_check_text.checks()
+    return out + hardware_check_text.checks() + hardware_check_routing.checks()
 
 
-def run_check(check: Check | TextCheck) -> dict:
+def run_check(check: Check | TextCheck | RoutingCheck) -> dict:
     if isinstance(check, TextCheck):
         return hardware_check_text.run_check(check)
+    if isinstance(check, RoutingCheck):
+        return hardware_check_routing.run_check(check)
     rng = np.random.default_rng(0)
     shape = (check.batch, check.length, check.heads, check.dim)
     q, k, v = (jnp.asarray(x, check.dtype) for x in DATA[check.data](rng, shape))
@@ -281,9 +286,16 @@ def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Cal
         return sla_block_map(q, k, topk=topk, block_q=blocks[0], block_k=blocks[1])
 
     def operands(blocks, i):
-        make = functools.partial(hopper.sage_operands, scale=scale, block_q=blocks[0], block_k=blocks[1], smooth_k=True,
-                                 interpret=False)  # fmt: skip
-        return jax.jit(make)(q, k, v, i)
+        sizes = {"block_q": blocks[0], "block_k": blocks[1]}
+
+        def make(q, k, v):
+            dense = hopper.sage_operands(q, k, v, scale=scale, smooth_k=True, interpret=False, **sizes)
+            if i is None:
+                return dense
+            lists = hopper.tail_first(i, dense[3].shape[1])
+            return hopper.over_lists(dense, lists, hopper.listed(dense[3], lists), blocks[0])
+
+        return jax.jit(make)(q, k, v)
 
     def kernel(blocks, dense):
         args = operands(blocks, None if dense else index(blocks))
@@ -311,7 +323,7 @@ def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Cal
         "sage kernel": lambda: kernel((64, 128), True),
         "quantize": lambda: timed(
             lambda q, k, v: hopper.sage_operands(
-                q, k, v, None, scale=scale, block_q=64, block_k=128, smooth_k=True, interpret=False
+                q, k, v, scale=scale, block_q=64, block_k=128, smooth_k=True, interpret=False
             )[:6],
             q,
             k,

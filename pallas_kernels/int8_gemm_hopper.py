@@ -31,6 +31,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import _plgpu as plgpu
 from pallas_kernels._hopper_round_ahead import UNIT, fence_before_tma, round_rows
+from pallas_kernels._loads import Places, load_at
 from pallas_kernels.dispatch import core_count
 from pallas_kernels.int8_epilogue import epilogue
 from pallas_kernels.quantize_kernels import rounded_to_int8
@@ -105,16 +106,14 @@ def hopper_gemm(
     # Vectors cover whole tiles: loads into registers are not clipped.
     columns = (0, padded_n - n)
     operands = {"x": x, "weight": weight, "bias": jnp.pad(bias, columns)}
-    padded_m = m_tiles * TILE_M * cluster
-    if x_amax is not None:
-        # Filled up first: then one pass of XLA gives both.
-        amax = jnp.maximum(jnp.pad(x_amax, (0, padded_m - rows)), AMAX_FLOOR)
-        x_scale, inverse = amax / INT8_MAX_TOKEN, INT8_MAX_TOKEN / amax
-        if ahead:
-            operands["inverse"] = inverse
-        else:
-            operands["x"] = rounded_to_int8(x.astype(jnp.float32) * inverse[:m, None])
-    operands["x_scale"] = x_scale if blocks else jnp.pad(x_scale, (0, padded_m - len(x_scale)))
+    if ahead:
+        operands["x_amax"] = jnp.pad(x_amax, padding[0])
+    else:
+        if x_amax is not None:
+            amax = jnp.maximum(jnp.pad(x_amax, padding[0]), AMAX_FLOOR)
+            x_scale = amax / INT8_MAX_TOKEN
+            operands["x"] = rounded_to_int8(x.astype(jnp.float32) * (INT8_MAX_TOKEN / amax)[:, None])
+        operands["x_scale"] = x_scale
     operands |= {"weight_scale": weight_scale} if blocks else {"column_scale": jnp.pad(column_scale, columns)}
     if residual is not None:
         operands["residual"] = residual
@@ -206,7 +205,7 @@ def hopper_gemm(
 
                 @pl.when(warp > 0)
                 def _():
-                    round_rows(ref["x"], ref["inverse"], ref["integers"], finished, tile=TILE_M)
+                    round_rows(ref["x"], ref["x_amax"], ref["integers"], finished, tile=TILE_M)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():
@@ -217,7 +216,12 @@ def hopper_gemm(
                 return ref["x_smem"].at[slot, rows], ref["w_smem"].at[slot].transpose((1, 0))
 
             def channels(row, column, first):
-                row_scale = _load(ref["x_scale"].at[pl.ds(row + warpgroup * ROWS, ROWS)], 1)
+                source, own = ref["x_amax" if ahead else "x_scale"], row + warpgroup * ROWS
+                # The last tile has rows that there are not; what they become is not written.
+                places, layout = Places(last=source.shape[0] - 1), plgpu.Layout.WGMMA.reduce(1)
+                row_scale = load_at(source, places, ROWS, layout, first=own, interpret=interpret)
+                if ahead:
+                    row_scale = jnp.maximum(row_scale, AMAX_FLOOR) * (1 / INT8_MAX_TOKEN)
 
                 def accumulate(acc):
                     @pl.loop(0, k_steps)
@@ -340,7 +344,7 @@ def hopper_gemm(
     scratch |= {f"{name}_smem": plgpu.SMEM((tile_n,), operands[name].dtype) for name in vectors}
     outputs = {"out": jax.ShapeDtypeStruct((m, n), dtype)}
     if how is not None:
-        outputs["measured"] = jax.ShapeDtypeStruct((n_tiles, padded_m), jnp.float32)
+        outputs["measured"] = jax.ShapeDtypeStruct((n_tiles, m_tiles * TILE_M * cluster), jnp.float32)
     if ahead:
         outputs["integers"] = jax.ShapeDtypeStruct((m, k), jnp.int8)
     out, *more = plgpu.kernel(
@@ -355,7 +359,8 @@ def hopper_gemm(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(*operands.values())
-    return out[:rows], None if how is None else how.reduce(more[0], axis=0)[:rows]
+    # Cut first: XLA would copy what it cuts off a sum.
+    return out[:rows], None if how is None else how.reduce(more[0][:, :rows], axis=0)
 
 
 def _awaited(multiply, shape):

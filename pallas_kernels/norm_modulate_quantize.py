@@ -17,7 +17,7 @@ from pallas_kernels.quantize_kernels import quantize_rows, quantize_tiles, suppo
 Granularity = Literal["token", "block"]
 
 
-@partial(jax.jit, static_argnames=("eps", "granularity", "implementation"))
+@partial(jax.jit, static_argnames=("eps", "granularity", "affine", "implementation"))
 def norm_modulate_quantize(
     x: Float[Array, "B L D"],
     scale: Float[Array, "..."],
@@ -25,13 +25,15 @@ def norm_modulate_quantize(
     *,
     eps: float = 1e-6,
     granularity: Granularity = "token",
+    affine: bool = False,
     implementation: str | None = None,
 ) -> tuple[Int8[Array, "B L D"], Float[Array, "..."]]:
     """INT8 of LayerNorm(x) * (1 + scale) + shift, with its float32 scales, as `int8_linear` takes them.
 
-    x: any float dtype. scale, shift: broadcast against x: [B, 1, D] (modulation), [D] (an affine LayerNorm, scale
-        being its weight - 1) or [B, L, D] (a timestep per token). Mean, biased variance, modulation and rounding
-        are float32 with nothing rounded to x's dtype between (the reference rounds twice to bf16 on the way).
+    x: any float dtype. scale, shift: broadcast against x: [B, 1, D] (modulation), [D] or [B, L, D] (a timestep per
+        token). Mean, biased variance, modulation and rounding are float32 with nothing rounded to x's dtype between
+        (the reference rounds twice to bf16 on the way).
+    affine: LayerNorm(x) * scale + shift instead, as of a norm with weights of its own.
     Returns (q, scales): scales [B, L] for "token" (amax / 127); [ceil(B*L/128), ceil(D/128)] for "block"
         (amax / 128, tiles over the flattened rows), as in `quantize`.
     """
@@ -49,8 +51,8 @@ def norm_modulate_quantize(
         "norm_modulate_quantize",
         implementation,
         (x, scale, shift),
-        xla=partial(_xla, eps=eps, granularity=granularity),
-        kernel=partial(_kernel, eps=eps, granularity=granularity),
+        xla=partial(_xla, eps=eps, granularity=granularity, affine=affine),
+        kernel=partial(_kernel, eps=eps, granularity=granularity, affine=affine),
         unsupported=unsupported,
     )
 
@@ -61,17 +63,17 @@ def _modulation_per_row(x, modulation) -> str | None:
     return None
 
 
-def _kernel(x, scale, shift, *, eps, granularity, interpret):
+def _kernel(x, scale, shift, *, eps, granularity, affine, interpret):
     batch, _, width = x.shape
     if granularity == "token":
         scale, shift = (_per_batch(m, batch, width) for m in (scale, shift))
-        return quantize_rows(x, scale, shift, eps=eps, interpret=interpret)
+        return quantize_rows(x, scale, shift, eps=eps, affine=affine, interpret=interpret)
     flat = x.reshape(-1, width)
     scale, shift = (_per_batch(m, 1, width)[0] for m in (scale, shift))
     q, scales = with_ragged_tiles(
-        quantize_tiles(flat, scale, shift, eps=eps, interpret=interpret),
+        quantize_tiles(flat, scale, shift, eps=eps, affine=affine, interpret=interpret),
         flat,
-        lambda rows: tiles_xla(norm_modulate(rows, scale, shift, eps)),
+        lambda rows: tiles_xla(norm_modulate(rows, scale, shift, eps, affine)),
     )
     return q.reshape(x.shape), scales
 
@@ -80,19 +82,23 @@ def _per_batch(modulation, batch, width):
     return jnp.broadcast_to(modulation.astype(jnp.float32).reshape(-1, width), (batch, width))
 
 
-def _xla(x, scale, shift, *, eps, granularity):
+def _xla(x, scale, shift, *, eps, granularity, affine):
     # Written once: XLA would compute it again for the maximum and for the rounding.
-    y = lax.optimization_barrier(norm_modulate(x, scale, shift, eps))
+    y = lax.optimization_barrier(norm_modulate(x, scale, shift, eps, affine))
     if granularity == "token":
         return rows_xla(y)
     q, scales = tiles_xla(y.reshape(-1, x.shape[-1]))
     return q.reshape(x.shape), scales
 
 
-def norm_modulate(x: Float[Array, "*rows D"], scale: Array, shift: Array, eps: float) -> Float[Array, "*rows D"]:
-    """LayerNorm(x) * (1 + scale) + shift in float32; the two-pass variance, since x carries outlier channels."""
+def norm_modulate(
+    x: Float[Array, "*rows D"], scale: Array, shift: Array, eps: float, affine: bool = False
+) -> Float[Array, "*rows D"]:
+    """LayerNorm(x) * (1 + scale) + shift in float32, scale itself where affine; the two-pass variance, since x carries
+    outlier channels."""
     x = x.astype(jnp.float32)
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = centred * lax.rsqrt(variance + eps)
-    return y * (1.0 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+    scale = scale.astype(jnp.float32)
+    return y * (scale if affine else 1.0 + scale) + shift.astype(jnp.float32)

@@ -30,9 +30,10 @@ def supports_rows(width: int) -> str | None:
     return None
 
 
-def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bool = False):
+def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, affine: bool = False, interpret: bool = False):
     """x [B, L, D] to (int8 [B, L, D], float32 [B, L]), amax / 127 a row; first LayerNorm and modulation by
-    scale, shift [B, D] if given. A row lives in one warpgroup's registers: three reductions, one read."""
+    1 + scale (affine: scale), shift [B, D] if given. A row lives in one warpgroup's registers: three reductions, one
+    read."""
     batch, length, width = x.shape
     layout = row_layout(width)
     operands = (x,) if scale is None else (x, scale, shift)
@@ -56,7 +57,7 @@ def quantize_rows(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bo
                 if modulation:
                     y = y - jnp.sum(y) * (1.0 / width)
                     y = y * lax.rsqrt(jnp.sum(y * y) * (1.0 / width) + eps)
-                    y = y * (1.0 + modulation[0]) + modulation[1]
+                    y = y * (modulation[0] if affine else 1.0 + modulation[0]) + modulation[1]
                 amax = jnp.maximum(jnp.max(jnp.abs(y)), AMAX_FLOOR)
                 q.at[b, row][...] = rounded_to_int8(y * (INT8_MAX_TOKEN / amax))
                 q_scale[b, row] = amax / INT8_MAX_TOKEN
@@ -97,9 +98,9 @@ def supports_tiles(rows: int, width: int) -> str | None:
     return None
 
 
-def quantize_tiles(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: bool = False):
+def quantize_tiles(x, scale=None, shift=None, *, eps: float = 1e-6, affine: bool = False, interpret: bool = False):
     """x [M, D] to (int8 [M, D], float32 [M/128, D/128]), amax / 128 a tile; first LayerNorm and modulation by
-    scale, shift [D] if given. Only whole tiles of rows are written: the ragged end is the caller's.
+    1 + scale (affine: scale), shift [D] if given. Only whole tiles of rows are written: the ragged end is the caller's.
 
     One warpgroup a block: the maximum over rows crosses warps through scratch memory that Mosaic GPU gives to the
     block, not to the warpgroup, so that two of them would overwrite each other's.
@@ -141,7 +142,8 @@ def quantize_tiles(x, scale=None, shift=None, *, eps: float = 1e-6, interpret: b
             if statistics is not None:
                 columns = pl.ds(j * TILE, TILE)
                 scale, shift = (_across(_load(ref.at[columns], layout.reduce(0)), 1) for ref in modulation)
-                y = (y - _across(statistics[0], 0)) * _across(statistics[1], 0) * (1.0 + scale) + shift
+                y = (y - _across(statistics[0], 0)) * _across(statistics[1], 0)
+                y = y * (scale if affine else 1.0 + scale) + shift
             amax = jnp.maximum(jnp.max(jnp.max(jnp.abs(y), axis=1), axis=0), AMAX_FLOOR)
             y = jnp.minimum(jnp.round(y * (INT8_MAX_BLOCK / amax)), 127.0)
             q.at[own, pl.ds(j * TILE, TILE)][...] = y.astype(jnp.int8)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import _plgpu as plgpu
+from pallas_kernels._loads import Places, load_at
 from pallas_kernels.dispatch import dispatch
 
 PAIRS = 128  # pairs that a warpgroup takes at a time, one a thread
@@ -86,17 +85,15 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
     width = heads * dim // 2
     layout = plgpu.Layout.WG_STRIDED((PAIRS,), vec_size=1)
     runs = range(0, width, PAIRS)
-    cos, sin = cos.astype(jnp.float32), sin.astype(jnp.float32)
-    if interpret:
-        cos, sin = (jnp.tile(angle, (1, PAIRS // (dim // 2))) for angle in (cos, sin))
-    even, odd = weight.astype(jnp.float32).reshape(width, 2).T
+    weight, cos, sin = (v.astype(jnp.float32) for v in (weight, cos, sin))
+    angles = Places(period=dim // 2)
     pairs = lax.bitcast_convert_type(x.reshape(batch, length, width, 2), jnp.uint32)
 
-    def body(pairs, even, odd, cos, sin, out):
-        def load(ref):
-            return plgpu.load(ref, layout=layout, optimized=False)
+    def body(pairs, weight, cos, sin, out):
+        def at(places, ref):
+            return load_at(ref, places, PAIRS, layout, interpret=interpret)
 
-        weights = [(load(even.at[pl.ds(run, PAIRS)]), load(odd.at[pl.ds(run, PAIRS)])) for run in runs]
+        weights = [[at(Places(2, 2 * run + half), weight) for half in (0, 1)] for run in runs]
         b = lax.axis_index("batch")
 
         @pl.loop(0, ROWS)
@@ -105,8 +102,9 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
 
             @pl.when(row < length)
             def _():
-                c, s = (load(ref.at[row]) if interpret else _load_repeated(ref.at[row]) for ref in (cos, sin))
-                values = [_unpack(load(pairs.at[b, row, pl.ds(run, PAIRS)])) for run in runs]
+                c, s = (at(angles, ref.at[row]) for ref in (cos, sin))
+                here = (pairs.at[b, row, pl.ds(run, PAIRS)] for run in runs)
+                values = [_unpack(plgpu.load(ref, layout=layout, optimized=False)) for ref in here]
                 squares = functools.reduce(jnp.add, (first * first + second * second for first, second in values))
                 scale = lax.rsqrt(jnp.sum(squares) * (0.5 / width) + eps)
                 for run, value, weight in zip(runs, values, weights, strict=True):
@@ -128,31 +126,8 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
             unsafe_no_auto_barriers=True,
         ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(pairs, even, odd, cos, sin)
+    )(pairs, weight, cos, sin)
     return lax.bitcast_convert_type(out, jnp.bfloat16).reshape(x.shape)
-
-
-def _load_repeated(ref):
-    """float32 [n] from global memory as [PAIRS], over and over, without an array that holds it so: XLA would write one
-    in every layer."""
-    (size,) = ref.shape
-    layout = plgpu.Layout.WG_STRIDED((PAIRS,), vec_size=1)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((PAIRS,), jnp.float32, layout=layout)
-    )
-    def load(_: Any, ref: Any):
-        from jax.experimental.mosaic.gpu import fragmented_array, utils  # late: see _plgpu
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, memref, vector
-
-        i32, index, vec = ir.IntegerType.get_signless(32), ir.IndexType.get(), ir.VectorType.get((1,), ir.F32Type.get())
-        place = arith.remui(utils.thread_idx(), utils.c(size, i32))
-        value = memref.load(ref, [arith.index_cast(index, place)])
-        registers = np.asarray([vector.broadcast(vec, value)], dtype=object)
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
-
-    return load(ref)
 
 
 def _unpack(pairs):

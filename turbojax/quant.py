@@ -69,11 +69,16 @@ class QuantizedLinear(nnx.Module):
         return self._product(x, residual=residual, gate=gate)
 
     def modulated(
-        self, x: Float[Array, "B L K"], shift: Float[Array, "..."], scale: Float[Array, "..."], eps: float
+        self,
+        x: Float[Array, "B L K"],
+        shift: Float[Array, "..."],
+        scale: Float[Array, "..."],
+        eps: float,
+        affine: bool = False,
     ) -> Quantized:
-        """norm(x) * (1 + scale) + shift, quantised for this layer without a float copy being written."""
-        granularity = "block" if self._in_tiles else "token"
-        return Quantized(*kernels.norm_modulate_quantize(x, scale, shift, eps=eps, granularity=granularity))
+        """norm(x) * (1 + scale) + shift (affine: scale), quantised for this layer without a float copy written."""
+        options: Any = {"granularity": "block" if self._in_tiles else "token", "affine": affine}
+        return Quantized(*kernels.norm_modulate_quantize(x, scale, shift, eps=eps, **options))
 
     @property
     def _in_tiles(self) -> bool:

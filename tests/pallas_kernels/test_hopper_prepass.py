@@ -76,7 +76,7 @@ def test_the_sums_over_the_keys(feature_map):
     length, dim = 200, 64
     _, k, v = operands(length, dim)
     found = _hopper_linear.summarize_keys(k, v, length, feature_map, interpret=True)
-    products, f_sum, k_sums, v_max = jax.block_until_ready(found)
+    products, f_sum, k_sum, k_sums, v_max = jax.block_until_ready(found)
     assert v_max is None
     assert not interpret_pallas_call.get_races().races_found
     k, v = (heads_first(x).astype(jnp.float32) for x in (k, v))
@@ -87,6 +87,7 @@ def test_the_sums_over_the_keys(feature_map):
     padded = np.pad(k, ((0, 0), (0, -length % _hopper_linear.BLOCK), (0, 0)))
     want = padded.reshape(1, -1, _hopper_linear.BLOCK, dim).sum(axis=2)
     np.testing.assert_allclose(k_sums, want, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(k_sum, want.sum(axis=1), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_known_maxima_of_the_values_give_the_same_operands():
     q, k, v = operands(136, 64)
     sizes = {"block_q": 64, "block_k": 128, "scale": 1.0, "smooth_k": True, "interpret": True}
     v_max = jnp.abs(v).max(axis=1).astype(jnp.float32).reshape(-1, 64)
-    found, want = (_hopper_attention.sage_operands(q, k, v, None, v_max=known, **sizes) for known in (v_max, None))
+    found, want = (_hopper_attention.sage_operands(q, k, v, v_max=known, **sizes) for known in (v_max, None))
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
@@ -144,9 +145,7 @@ def test_values_fill_the_range_that_float16_leaves_them():
     q, k, v = operands(136, 64)
     block_q, block_k = BLOCKS[-1]
     sizes = {"block_q": block_q, "block_k": block_k}
-    *_, vt8, v_scale, _ = _hopper_attention.sage_operands(
-        q, k, v, None, scale=1.0, smooth_k=True, interpret=True, **sizes
-    )
+    *_, vt8, v_scale, _ = _hopper_attention.sage_operands(q, k, v, scale=1.0, smooth_k=True, interpret=True, **sizes)
     found = np.abs(np.asarray(vt8, np.float32)).max(axis=-1)
     np.testing.assert_array_equal(found, value_max(block_k))
     channels = np.abs(np.asarray(v[0, :, 0], np.float32)).max(axis=0)

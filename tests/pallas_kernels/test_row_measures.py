@@ -4,10 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from ptx_warp import Warp
 
 from pallas_kernels import int8_linear, quantize_blockwise, quantize_per_channel, rounds_rows
-from pallas_kernels._hopper_round_ahead import CHUNK, LANES, UNIT, _ptx
+from pallas_kernels._hopper_round_ahead import UNIT, WARPS, program
 from pallas_kernels.dispatch import compiling_for
+from pallas_kernels.quantize import rows_xla
 
 OF_ROWS = {"amax": lambda y: np.abs(y).max(axis=-1), "squares": lambda y: np.square(y).sum(axis=-1)}
 
@@ -79,14 +81,19 @@ def test_rows_are_rounded_ahead_on_hopper_where_that_is_faster():
         assert not rounds_rows(1536, 8960)
 
 
-@pytest.mark.parametrize("features", [256, 512, 1536, 5120, 8960, 13824])
-def test_each_lane_s_batches_cover_its_share_of_a_unit(features):
-    """In the program for the warps that round: loads of a batch times batches are the chunks of UNIT rows."""
-    text = _ptx(4096, features, 128)
-    loads = text.count("ld.volatile.global.v4.b32") // 3  # one set before the loop, two in it
-    (batches,) = {int(line.split()[-1].rstrip(";")) for line in text.splitlines() if "more, done" in line}
-    assert batches % 2 == 0
-    assert loads * batches * LANES * CHUNK == UNIT * features
+@pytest.mark.parametrize(("rows", "features"), [(24, 256), (12, 512), (16, 1536), (8, 5120), (4, 8960), (8, 13824)])
+def test_the_warps_that_round_give_the_integers_of_rounding_before(rows, features):
+    """Their program, run by one after the other, with tiles of 8 rows: every row, and the counts of all tiles."""
+    x = np.array(problem(rows, 1, features)[0])
+    x[1] = 0  # a row without a largest magnitude
+    amax = np.abs(x).max(axis=1).astype(np.float32)
+    found, finished = np.full((rows, features), 99, np.int8), np.zeros(-(-rows // 8), np.int32)
+    arrays = [x.view(np.uint16), amax, found, finished]
+    for block in range(2):
+        for warp in range(1, WARPS + 1):
+            Warp(arrays, block=block, blocks=2, warp=warp).run(program(rows, features, 8))
+    np.testing.assert_array_equal(found, rows_xla(jnp.asarray(x))[0])
+    np.testing.assert_array_equal(finished, [min(8, rows - row) // UNIT for row in range(0, rows, 8)])
 
 
 @pytest.mark.parametrize(

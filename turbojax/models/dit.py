@@ -171,8 +171,7 @@ class Block(nnx.Module):
         eps, norm = self.eps, self.cross_norm
         h = self.self_attn.q.modulated(x, shift1, scale1, eps)
         x = self.self_attn(x, h, rope=rope, attention=attention, gate=gate1)
-        # An affine norm is a modulation that does not depend on time.
-        h = self.cross_attn.q.modulated(x, norm.bias[...], norm.scale[...] - 1.0, norm.eps)
+        h = self.cross_attn.q.modulated(x, norm.bias[...], norm.scale[...], norm.eps, affine=True)
         # Only "xla" means the same for exact attention: it is what forward mode needs, which cuDNN lacks.
         implementation = "xla" if attention.implementation == "xla" else None
         x = self.cross_attn(x, h, context, last_count=last_count, implementation=implementation)

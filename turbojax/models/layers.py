@@ -68,10 +68,15 @@ class Linear(nnx.Module):
         return (residual.astype(jnp.float32) + y).astype(residual.dtype)
 
     def modulated(
-        self, x: Float[Array, "B L K"], shift: Float[Array, "..."], scale: Float[Array, "..."], eps: float
+        self,
+        x: Float[Array, "B L K"],
+        shift: Float[Array, "..."],
+        scale: Float[Array, "..."],
+        eps: float,
+        affine: bool = False,
     ) -> Float[Array, "B L K"]:
-        """norm(x) * (1 + scale) + shift, as this layer takes it: computed in float32, rounded once to x's dtype."""
-        return (standardize(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
+        """norm(x) * (1 + scale) + shift (affine: scale) as this layer takes it: float32, rounded once to x's dtype."""
+        return (standardize(x, eps) * (scale if affine else 1.0 + scale) + shift).astype(x.dtype)
 
     def _product(self, x: Float[Array, "*rows K"]) -> Float[Array, "*rows N"]:
         # Rows are flattened so that the weight gradient contracts one dimension: XLA's CPU backend has a
