@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _plgpu as plgpu
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.rotary import Rotary, turned
 
 PAIRS = 128  # pairs that a warpgroup takes at a time, one a thread
 ROWS = 8  # tokens that a block takes in turn, so that the weight is loaded once for them
@@ -172,16 +173,6 @@ def _pack(first, second):
 
 
 def _xla(x, weight, cos, sin, *, eps):
-    batch, length, heads, dim = x.shape
-    flat = x.reshape(batch, length, heads * dim).astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
-    y = flat * lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32)
-    return apply_rope(y.reshape(x.shape), cos, sin).astype(x.dtype)
-
-
-def apply_rope(x: Float[Array, "B L H D"], cos: Array, sin: Array) -> Float[Array, "B L H D"]:
-    """x * c + swap(x) * s with c = [cos, cos], s = [-sin, sin] on each pair: 3x faster on a CPU than slicing."""
-    c = jnp.repeat(cos.astype(jnp.float32), 2, axis=-1)[:, None]
-    s = jnp.stack([-sin, sin], axis=-1).astype(jnp.float32).reshape(c.shape)
-    swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-    return x * c + swapped * s
+    batch, length, *_ = x.shape
+    mean_square = jnp.mean(jnp.square(x.reshape(batch, length, -1).astype(jnp.float32)), axis=-1)
+    return turned(x, Rotary(lax.rsqrt(mean_square + eps), weight, cos, sin))
