@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import llvm, vector
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -29,10 +29,6 @@ ROWS = 64
 TILE = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-PAIRS = plgpu.Layout.TILED(
-    fa.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
-)
-"""One value for each pair of columns (2j, 2j + 1) of a TILE, in the thread that has the pair."""
 
 # Order of the columns of an 8-bit left operand whose registers were filled from an accumulator without exchanging
 # values between threads: operand column c of each 16 holds accumulator column FP8_ORDER[c]. V^T is stored so.
@@ -51,76 +47,6 @@ def per_column(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def split_pairs(x: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """The first and the second columns [m, n / 2] of the pairs of a TILE [m, n] in float32, laid out as PAIRS."""
-    m, n = x.shape
-    if interpret:
-        pairs = x.reshape(m, n // 2, 2)
-        return pairs[..., 0], pairs[..., 1]
-    half = plgpu.ShapeDtypeStruct((m, n // 2), jnp.float32, layout=PAIRS)
-
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(half, half))
-    def split(_, x):
-        pairs = x.registers.reshape(PAIRS.to_mgpu().registers_shape((m, n // 2)))
-        alone = ir.VectorType.get((1,), ir.F32Type.get())
-
-        def column(i):
-            registers = np.empty(pairs.shape, dtype=object)
-            for at in np.ndindex(pairs.shape):
-                registers[at] = vector.broadcast(alone, _lane(pairs[at], i))
-            return fa.FragmentedArray(_registers=registers, _layout=PAIRS.to_mgpu(), _is_signed=None)
-
-        return column(0), column(1)
-
-    return split(x)  # pyright: ignore[reportCallIssue]  (the decorator binds the context)
-
-
-def join_pairs(first: jax.Array, second: jax.Array, *, interpret: bool) -> jax.Array:
-    """Inverse of `split_pairs`."""
-    m, pairs = first.shape
-    shape = (m, 2 * pairs)
-    if interpret:
-        return jnp.stack([first, second], axis=-1).reshape(shape)
-
-    @plgpu.inline_mgpu(
-        arg_types=(PAIRS, PAIRS), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=TILE)
-    )
-    def join(_, first, second):
-        layout, pair = fa.WGMMA_LAYOUT, ir.VectorType.get((2,), ir.F32Type.get())
-        registers = np.empty(first.registers.shape, dtype=object)
-        for at in np.ndindex(registers.shape):
-            registers[at] = vector.from_elements(pair, [_lane(x.registers[at], 0) for x in (first, second)])
-        registers = registers.reshape(layout.registers_shape(shape))
-        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return join(first, second)  # pyright: ignore[reportCallIssue]  (the decorator binds the context)
-
-
-def load_rows(x, first, shape: tuple[int, ...], layout, *, interpret: bool) -> jax.Array:
-    """float32 [rows, ...] from row `first` of x in global memory on; past the end of x its last row again. (Other
-    loads into registers read whatever lies there, and so does the interpreter: there x is long enough.)"""
-    if interpret:
-        return plgpu.load(x.at[pl.ds(first, shape[0])], layout=layout)
-    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=result)
-    def load(_, x, first):
-        index, (rows, *_) = ir.IndexType.get(), ir.MemRefType(x.type).shape
-        layout_, start = layout.to_mgpu(), arith.index_castui(index, first.registers.item())
-        registers = np.empty(layout_.registers_shape(shape), dtype=object)
-        element = layout_.registers_element_type(ir.F32Type.get())
-        for at, (row, *column) in zip(np.ndindex(registers.shape), layout_.thread_idxs(shape), strict=True):
-            row = arith.minui(arith.addi(start, row), mgpu_utils.c(rows - 1, index))
-            registers[at] = vector.broadcast(element, memref.load(x, [row, *column]))
-        return fa.FragmentedArray(_registers=registers, _layout=layout_, _is_signed=None)
-
-    return load(x, first)  # pyright: ignore[reportCallIssue]  (the decorator binds the context)
-
-
-def _lane(register: ir.Value, i: int) -> ir.Value:
-    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
 def product(a, b, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
@@ -172,8 +98,8 @@ def by_runs(
 
 
 def by_rows(body, name: str, inputs, outputs, scratch, *, batch: int, tiles: int, interpret: bool):
-    """Runs body(refs) in one warpgroup for every tile of rows of every sample; arguments as for `by_tiles`. Division and
-    the like are not approximated."""
+    """Runs body(refs) in one warpgroup for every tile of rows of every sample, division and the like not approximated;
+    arguments as for `by_tiles`."""
     return _launch(
         body, name, inputs, outputs, scratch, {"batch": batch, "tile": tiles}, interpret, threads={}, exact=True
     )
@@ -253,6 +179,10 @@ def to_16bit(p: jax.Array, dtype, stage):
     return stage
 
 
+def lane(register: Any, i: int) -> ir.Value:
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
 def _repack(x: fa.FragmentedArray) -> fa.FragmentedArray:
     """Registers of a float32 WGMMA tile to those of a WGMMA_8BIT tile: two pairs of floats to one word."""
     layout = fa.WGMMA_LAYOUT_8BIT
@@ -266,7 +196,7 @@ def _repack(x: fa.FragmentedArray) -> fa.FragmentedArray:
         low, high = pairs[a, 2 * b, r], pairs[a, 2 * b + 1, r]
         word = llvm.inline_asm(
             i32,
-            [_lane(low, 0), _lane(low, 1), _lane(high, 0), _lane(high, 1)],
+            [lane(low, 0), lane(low, 1), lane(high, 0), lane(high, 1)],
             "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
             "mov.b32 $0, {lo, hi}; }",
             "=r,f,f,f,f",

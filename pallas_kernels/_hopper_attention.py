@@ -47,10 +47,12 @@ def value_max(keys: int) -> float:
     return 112.0 / keys
 
 
-def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None):
+def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None,
+                  queries=None):  # fmt: skip
     """What `hopper_attention` reads, from q, k, v [b, l, h, d] and block_index [b, h, nq, n] (None: dense).
 
     mean_k, v_max: the mean key and max |v| over the keys, float32 [b * h, d], where they are known already.
+    queries: what it reads of q, INT8 and scales, where that is made already; q is not read then.
     """
     b, lq, h, _ = q.shape
     lk, n, tiles = k.shape[1], b * h, -(-lq // TILE_Q)
@@ -61,18 +63,19 @@ def sage_operands(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, in
     v_scale = value_scale(v).reshape(-1, v.shape[-1]) if v_max is None else scale_of_largest(v_max)
     v_scale = v_scale * (E4M3_MAX / value_max(block_k))
     q, k, v = map(whole_rows, (q, k, v))
-    q8, q_scale = quantize.quantize_rows(q, None, lq, tiles * TILE_Q, block_q, interpret=interpret)
+    if queries is None:
+        q8, q_scale = quantize.quantize_rows(q, None, lq, tiles * TILE_Q, block_q, interpret=interpret)
+        # In halves of a tile, however many rows share a scale.
+        queries = q8, jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
     k8, k_scale = quantize.quantize_rows(k, mean, lk, keys, block_k, interpret=interpret)
     vt8 = quantize.quantize_values(v, 1.0 / v_scale, keys, interpret=interpret)
-    # In halves of a tile, however many rows share a scale.
-    q_scale = jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
     index = None
     if block_index is not None:
         index = tail_first(block_index.reshape(n, *block_index.shape[2:]).astype(jnp.int32), k_scale.shape[1])
         index = _pad_axis(index, 1, tiles * TILE_Q // block_q)
         k_scale = jnp.take_along_axis(k_scale, index.reshape(n, -1), axis=1, mode="promise_in_bounds")
         k_scale = k_scale.reshape(index.shape)
-    return q8, q_scale, k8, k_scale, vt8, v_scale, index
+    return *queries, k8, k_scale, vt8, v_scale, index
 
 
 def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret):

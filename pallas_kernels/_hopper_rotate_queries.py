@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _hopper as hw
-from pallas_kernels._hopper_linear import BLOCK, COLUMNS
+from pallas_kernels._hopper_linear import COLUMNS
+from pallas_kernels._hopper_pairs import PAIRS, join_pairs, load_rows, split_pairs
 from pallas_kernels._hopper_quantize import round_tile
 from pallas_kernels._quantize_qkv import hadamard
 from pallas_kernels.rotary import Rotary
@@ -34,19 +35,25 @@ IN_SLOTS, OUT_SLOTS = 3, 2
 
 
 class RotatedQueries(NamedTuple):
-    """q [b, l, h, d] in its dtype. sums: over each TILE rows, float32 [b * h, tiles, d]. q8: INT8 [b * h, tiles * TILE,
-    d] with a scale for each tile, float32 [b * h, tiles]; or None, both."""
+    """q [b, l, h, d] in its dtype. sums: over each TILE rows, float32 [b * h, blocks, d]. q8: INT8 [b * h, q8_rows, d],
+    and what its TILE rows each were divided by, times `score_scale`, float32 [b * h, q8_rows / TILE]; or None, both."""
 
     q: jax.Array
     sums: jax.Array
     q8: jax.Array | None = None
-    scales: jax.Array | None = None
+    q8_scale: jax.Array | None = None
 
 
-def rotate_queries(q, rotary: Rotary, tiles: int, *, quantized: bool, interpret: bool) -> RotatedQueries:
-    """q [b, l, h, d] in 16 bits, l a multiple of 8 and rows past those of rotary zeros, as they stay; tiles: of TILE
-    rows each, at least those of q, the rest being zeros too."""
+def rotate_queries(
+    q, rotary: Rotary, *, q8_rows: int | None = None, score_scale: float = 1.0, interpret: bool
+) -> RotatedQueries:
+    """q [b, l, h, d] in 16 bits, l a multiple of 8, zeros past the rows of rotary; they stay zeros.
+
+    q8_rows: at least l, a multiple of TILE, the rest being zeros too; None: no INT8.
+    """
     b, rows, heads, dim = q.shape
+    quantized, blocks = q8_rows is not None, pl.cdiv(rows, TILE)
+    tiles = blocks if q8_rows is None else q8_rows // TILE
     weight = rotary.weight.astype(jnp.float32).reshape(heads, dim)
     factor, cos, sin = (x.astype(jnp.float32) for x in (rotary.factor, rotary.cos, rotary.sin))
     if interpret:
@@ -70,8 +77,8 @@ def rotate_queries(q, rotary: Rotary, tiles: int, *, quantized: bool, interpret:
         for name in ("ones", "matrix") if quantized else ("ones",):
             plgpu.copy_gmem_to_smem(ref[name], ref[f"{name}_smem"], ref["constants_full"])
         angles = (TILE, dim // 2)
-        cos, sin = (hw.load_rows(ref[x], t * TILE, angles, hw.PAIRS, interpret=interpret) for x in ("cos", "sin"))
-        factor = hw.load_rows(ref["factor"].at[batch], t * TILE, (TILE,), hw.PER_ROW, interpret=interpret)
+        cos, sin = (load_rows(ref[x], t * TILE, angles, PAIRS, interpret=interpret) for x in ("cos", "sin"))
+        factor = load_rows(ref["factor"].at[batch], t * TILE, (TILE,), hw.PER_ROW, interpret=interpret)
         plgpu.barrier_wait(ref["constants_full"])
         ones = ref["ones_smem"].transpose((1, 0))
 
@@ -83,8 +90,8 @@ def rotate_queries(q, rotary: Rotary, tiles: int, *, quantized: bool, interpret:
             plgpu.barrier_wait(ref["full"].at[lax.rem(i, IN_SLOTS)])
             y = plgpu.load(slot, layout=hw.TILE).astype(jnp.float32)
             y = y * hw.per_row(factor, y) * hw.per_column(weight, y)
-            first, second = hw.split_pairs(y, interpret=interpret)
-            y = hw.join_pairs(first * cos - second * sin, first * sin + second * cos, interpret=interpret)
+            first, second = split_pairs(y, interpret=interpret)
+            y = join_pairs(first * cos - second * sin, first * sin + second * cos, interpret=interpret)
             slot[...] = y.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(slot, ref["out"].at[batch, here, i])
@@ -106,7 +113,8 @@ def rotate_queries(q, rotary: Rotary, tiles: int, *, quantized: bool, interpret:
             ref["sums"].at[head, t][...] = sums.max(axis=1)  # its columns are equal
             for acc in rotated:
                 out_slot = ref["q8_smem"].at[lax.rem(i, OUT_SLOTS)]
-                out_slot[...], ref["scales"][head, t] = round_tile(acc * jnp.float32((dim & -dim) ** -0.5))
+                out_slot[...], scale = round_tile(acc * jnp.float32((dim & -dim) ** -0.5))
+                ref["q8_scale"][head, t] = scale * jnp.float32(score_scale)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_slot, ref["q8"].at[head, here])
 
@@ -127,10 +135,11 @@ def rotate_queries(q, rotary: Rotary, tiles: int, *, quantized: bool, interpret:
     }
     if quantized:
         inputs["matrix"] = jnp.asarray(hadamard(dim), q.dtype)
-        outputs["q8"] = jax.ShapeDtypeStruct((n, tiles * TILE, dim), jnp.int8)
-        outputs["scales"] = jax.ShapeDtypeStruct((n, tiles), jnp.float32)
+        outputs["q8"] = jax.ShapeDtypeStruct((n, q8_rows, dim), jnp.int8)
+        outputs["q8_scale"] = jax.ShapeDtypeStruct((n, tiles), jnp.float32)
         scratch["matrix_smem"] = plgpu.SMEM((dim, dim), q.dtype)
         scratch["q8_smem"] = plgpu.SMEM((OUT_SLOTS, TILE, dim), jnp.int8)
-    return RotatedQueries(
-        *hw.by_rows(body, "rotate_queries", inputs, outputs, scratch, batch=b, tiles=tiles, interpret=interpret)
+    out, sums, *rest = hw.by_rows(
+        body, "rotate_queries", inputs, outputs, scratch, batch=b, tiles=tiles, interpret=interpret
     )
+    return RotatedQueries(out, sums[:, :blocks], *rest)

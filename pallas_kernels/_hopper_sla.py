@@ -3,6 +3,7 @@
     k, v -> f(k)^T v, sum f(k), sums of k over blocks, maxima of v (quantised only)    `_hopper_linear`
     q    -> sums over blocks                             `_hopper_linear`; scores and top-k of the means are small: XLA
     q, k, v -> INT8, FP8 (quantised only)                `_hopper_quantize`
+            where q is still to be normed and turned, that, its sums and its INT8 are one pass: `_hopper_rotate_queries`
     attention over the lists; its epilogue adds f(q) times the product of f(k)^T v and the projection
 
 so that no f(q), f(k) and no output of the linear branch is ever written. Expected on H100 at 32,760 tokens, 12 heads of
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _hopper as hw
-from pallas_kernels._hopper_attention import LinearBranch, attend, sage_operands, sparse_operands, whole_rows
+from pallas_kernels._hopper_attention import TILE_Q, LinearBranch, attend, sage_operands, sparse_operands, whole_rows
 from pallas_kernels._hopper_linear import BLOCK, block_sums, summarize_keys
+from pallas_kernels._hopper_rotate_queries import RotatedQueries, rotate_queries
 from pallas_kernels._hopper_top_blocks import padded_width, top_blocks
 from pallas_kernels.block_map import block_counts, block_scores, centred_means, num_selected
 
@@ -26,14 +28,25 @@ SORTED, COUNTED = 255, 1920
 
 
 def sla_forward(
-    q, k, v, proj_w, proj_b, *, topk, block_q, block_k, quantized, feature_map, scale, amax, interpret
+    q, k, v, proj_w, proj_b, rotary=None, *, topk, block_q, block_k, quantized, feature_map, scale, amax, interpret
 ) -> tuple[jax.Array, jax.Array | None]:
     """(o [b, l, h, d] in q's dtype, 16 bits; if `amax`, the largest |o| of each token, float32 [b, l], else None).
 
     Arguments as of `sparse_linear_attention`.
     """
-    b, _, h, dim = q.shape
+    b, length_q, h, dim = q.shape
     length = k.shape[1]
+    if rotary is None:
+        queries = RotatedQueries(whole_rows(q), block_sums(whole_rows(q), interpret=interpret))
+    else:
+        # With a scale for 64 rows each, as attention reads them, where blocks of 128 rows would share one.
+        queries = rotate_queries(
+            whole_rows(q),
+            rotary,
+            q8_rows=-(-length_q // TILE_Q) * TILE_Q if quantized else None,
+            score_scale=scale * hw.LOG2E,
+            interpret=interpret,
+        )
     summary = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, v_max=quantized, interpret=interpret)
 
     def by_blocks(sums, block):
@@ -44,13 +57,12 @@ def sla_forward(
 
     sums = by_blocks(summary.k_sums, block_k)
     pooled_k = sums / block_counts(length, block_k)[:, None]
-    sums_q = by_blocks(block_sums(whole_rows(q), interpret=interpret), block_q)
-    pooled_q = sums_q / block_counts(q.shape[1], block_q)[:, None]
+    pooled_q = by_blocks(queries.sums, block_q) / block_counts(length_q, block_q)[:, None]
     index = route(pooled_q, centred_means(pooled_k, length, block_k), topk, interpret=interpret)
 
     combined = jnp.einsum("nde,oe->ndo", summary.products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     linear = LinearBranch(
-        q=whole_rows(q) if quantized else None,
+        q=queries.q if quantized else None,
         combined=combined.astype(q.dtype),
         f_sum=summary.f_sum,
         bias=proj_b.astype(jnp.float32),
@@ -60,10 +72,11 @@ def sla_forward(
     if quantized:
         mean_k = sums.sum(axis=2).reshape(b * h, dim) / length
         operands = sage_operands(
-            q, k, v, index, scale=scale, smooth_k=True, interpret=interpret, mean_k=mean_k, v_max=summary.v_max, **sizes
-        )
+            q, k, v, index, scale=scale, smooth_k=True, interpret=interpret, mean_k=mean_k, v_max=summary.v_max,
+            queries=None if rotary is None else (queries.q8, queries.q8_scale), **sizes
+        )  # fmt: skip
     else:
-        operands = sparse_operands(q, k, v, index, **sizes)
+        operands = sparse_operands(queries.q, k, v, index, **sizes)
     factor = None if quantized else scale * hw.LOG2E
     o, _, largest = attend(operands, q, k, block_q, block_k, factor, interpret, linear, amax)
     return o, largest

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _plgpu as plgpu
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.rotary import Rotary, turned
+from pallas_kernels.rotary import Rotary, check_angles, turned
 
 PAIRS = 128  # pairs that a warpgroup takes at a time, one a thread
 ROWS = 8  # tokens that a block takes in turn, so that the weight is loaded once for them
@@ -41,13 +41,7 @@ def rms_norm_rope(
     token l and pair j, the same for all heads. Everything in float32, rounded once to x's dtype.
     Differentiable in forward and reverse mode. Source: wan/modules/model.py (WanRMSNorm, rope_apply) of Wan2.1.
     """
-    _, length, heads, dim = x.shape
-    if weight.shape != (heads * dim,):
-        raise ValueError(f"rms_norm_rope: weight {list(weight.shape)} is not the full width [{heads * dim}]")
-    if cos.shape != (length, dim // 2) or sin.shape != cos.shape:
-        raise ValueError(
-            f"rms_norm_rope: cos {list(cos.shape)} and sin {list(sin.shape)} should be {[length, dim // 2]}"
-        )
+    check_angles("rms_norm_rope", x, weight, cos, sin)
     return _rms_norm_rope(x, weight, cos, sin, eps, implementation)
 
 

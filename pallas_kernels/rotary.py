@@ -34,14 +34,17 @@ def turned(x: Float[Array, "B L H D"], rotary: Rotary) -> Float[Array, "B L H D"
 
 def check_rotary(name: str, x: Float[Array, "B L H D"], rotary: Rotary) -> None:
     """Raises ValueError where rotary is not for x."""
-    batch, length, heads, dim = x.shape
-    factor, weight, cos, sin = (list(part.shape) for part in rotary)
-    if factor != [batch, length]:
-        raise ValueError(f"{name}: factor {factor} is not [batch, length] = {[batch, length]}")
-    if weight != [heads * dim]:
-        raise ValueError(f"{name}: weight {weight} is not the full width [{heads * dim}]")
-    if cos != [length, dim // 2] or sin != cos:
-        raise ValueError(f"{name}: cos {cos} and sin {sin} should be {[length, dim // 2]}")
+    if rotary.factor.shape != x.shape[:2]:
+        raise ValueError(f"{name}: factor {list(rotary.factor.shape)} is not [batch, length] = {list(x.shape[:2])}")
+    check_angles(name, x, *rotary[1:])
+
+
+def check_angles(name: str, x: Float[Array, "B L H D"], weight: Array, cos: Array, sin: Array) -> None:
+    _, length, heads, dim = x.shape
+    if weight.shape != (heads * dim,):
+        raise ValueError(f"{name}: weight {list(weight.shape)} is not the full width [{heads * dim}]")
+    if cos.shape != (length, dim // 2) or sin.shape != cos.shape:
+        raise ValueError(f"{name}: cos {list(cos.shape)} and sin {list(sin.shape)} should be {[length, dim // 2]}")
 
 
 def _turn(x: Float[Array, "B L H D"], cos: Array, sin: Array) -> Float[Array, "B L H D"]:

@@ -12,15 +12,16 @@ from pallas_kernels import rms_norm_rope
 from pallas_kernels._heads import heads_first
 from pallas_kernels._hopper_attention import whole_rows
 from pallas_kernels._hopper_linear import block_sums
+from pallas_kernels._hopper_pairs import PAIRS
 from pallas_kernels._hopper_quantize import quantize_rows
 from pallas_kernels._hopper_rotate_queries import TILE, rotate_queries
 from pallas_kernels._quantize_qkv import rotate
 from pallas_kernels.rotary import Rotary
 
-EPS = 1e-6
+EPS, SCALE = 1e-6, 0.7
 SHAPES = [
-    # Lengths end within the rows that TMA moves, within a tile, and with a tile, or leave a tile without any; more heads
-    # than the ring has slots.
+    # Lengths end within the rows that TMA moves, within a tile, and with a tile, or leave a tile without any; more
+    # heads than the ring has slots.
     (2, 133, 2, 64),
     (1, 72, 5, 64),
     pytest.param((1, 61, 3, 128), marks=pytest.mark.slow),
@@ -43,8 +44,8 @@ def inputs(batch, length, heads, dim, dtype="bfloat16"):
 
 def run(q, rotary, quantized=True):
     """The kernel's, over tiles for 128 rows as attention has them, without races."""
-    tiles = 2 * -(-q.shape[1] // 128)
-    found = rotate_queries(whole_rows(q), rotary, tiles, quantized=quantized, interpret=True)
+    rows = -(-q.shape[1] // 128) * 128 if quantized else None
+    found = rotate_queries(whole_rows(q), rotary, q8_rows=rows, score_scale=SCALE, interpret=True)
     jax.block_until_ready(found)
     assert not interpret_pallas_call.get_races().races_found
     return found
@@ -92,23 +93,18 @@ def test_sums_and_integers_are_those_of_a_pass_each_over_what_is_returned(shape)
     products of the same numbers on the tensor cores."""
     q, rotary = inputs(*shape)
     got, length = run(q, rotary), q.shape[1]
-    rows = got.sums.shape[1] * TILE
-    sums = np.zeros(got.sums.shape, np.float32)
-    apart = block_sums(got.q, interpret=True)
-    sums[:, : apart.shape[1]] = apart
-    np.testing.assert_array_equal(got.sums, sums)
+    np.testing.assert_array_equal(got.sums, block_sums(got.q, interpret=True))
     turned = heads_first(got.q[:, :length]).astype(jnp.float32)
-    padded = np.pad(turned, ((0, 0), (0, rows - length), (0, 0)))
+    padded = np.pad(turned, ((0, 0), (0, -length % TILE), (0, 0)))
     want = padded.reshape(len(padded), -1, TILE, q.shape[-1]).sum(axis=2, dtype=np.float64)
     np.testing.assert_allclose(got.sums, want, atol=1e-5 * np.abs(padded).max() * TILE)
-    q8, scales = quantize_rows(got.q, None, length, rows, TILE, interpret=True)
-    np.testing.assert_array_equal(got.q8, q8)
-    np.testing.assert_array_equal(got.scales, scales)
     assert got.q8 is not None
-    assert got.scales is not None
+    q8, scales = quantize_rows(got.q, None, length, got.q8.shape[1], TILE, interpret=True)
+    np.testing.assert_array_equal(got.q8, q8)
+    np.testing.assert_array_equal(got.q8_scale, scales * jnp.float32(SCALE))
     assert not np.any(got.q8[:, length:])
     # And they are the queries, in the rotated basis, to half a step.
-    steps = np.repeat(np.asarray(got.scales), TILE, axis=1)[:, :length, None]
+    steps = np.repeat(np.asarray(scales), TILE, axis=1)[:, :length, None]
     error = np.asarray(got.q8[:, :length], np.float32) * steps - rotate(heads_first(got.q[:, :length]))
     assert np.all(np.abs(error) <= 0.501 * steps)
 
@@ -117,14 +113,14 @@ def test_without_integers_the_rest_is_the_same():
     q, rotary = inputs(1, 72, 2, 64, "float16")
     got, whole = run(q, rotary, quantized=False), run(q, rotary)
     assert got.q8 is None
-    assert got.scales is None
+    assert got.q8_scale is None
     np.testing.assert_array_equal(got.q, whole.q)
     np.testing.assert_array_equal(got.sums, whole.sums)
 
 
 def test_a_pair_and_its_angle_lie_in_one_thread():
     """On the GPU the registers of both are taken one by one: their order must be that of the layouts' own tables."""
-    pairs = held_by_each_thread(hw.PAIRS.to_mgpu(), (TILE, 64))
+    pairs = held_by_each_thread(PAIRS.to_mgpu(), (TILE, 64))
     columns = held_by_each_thread(hw.TILE.to_mgpu(), (TILE, 128))
     np.testing.assert_array_equal(columns[:, ::2], 2 * pairs)
     np.testing.assert_array_equal(columns[:, 1::2], 2 * pairs + 1)
