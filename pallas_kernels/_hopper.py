@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,14 @@ def by_runs(
     return _launch(body, name, inputs, outputs, scratch, {"head": heads, "run": runs}, interpret, threads, exact)
 
 
+def by_rows(body, name: str, inputs, outputs, scratch, *, batch: int, tiles: int, interpret: bool):
+    """Runs body(refs) in one warpgroup for every tile of rows of every sample, division and the like not approximated;
+    arguments as for `by_tiles`."""
+    return _launch(
+        body, name, inputs, outputs, scratch, {"batch": batch, "tile": tiles}, interpret, threads={}, exact=True
+    )
+
+
 def start_run(fetch, full, slots: int, length: int, tiles: int, ahead: int, share=(0, 1)) -> Run:
     """This block's run of up to `length` of all `tiles`, with the first `ahead` of them on their way.
 
@@ -177,6 +185,10 @@ def to_16bit(p: jax.Array, dtype, stage):
     return stage
 
 
+def lane(register: Any, i: int) -> ir.Value:
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
 def _repack(x: fa.FragmentedArray) -> fa.FragmentedArray:
     """Registers of a float32 WGMMA tile to those of a WGMMA_8BIT tile: two pairs of floats to one word."""
     layout = fa.WGMMA_LAYOUT_8BIT
@@ -185,9 +197,6 @@ def _repack(x: fa.FragmentedArray) -> fa.FragmentedArray:
     pairs = x.registers.reshape(m // 64, n // 8, 2)  # [.., 8 columns, row r or r + 8] of vectors of two
     words = np.empty((m // 64, n // 16, 2), dtype=object)
     i32, f8x4 = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
-
-    def lane(pair, i):
-        return vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
     for a, b, r in np.ndindex(*words.shape):
         low, high = pairs[a, 2 * b, r], pairs[a, 2 * b + 1, r]

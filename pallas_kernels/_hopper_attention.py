@@ -48,10 +48,13 @@ def value_max(keys: int) -> float:
     return 112.0 / keys
 
 
-def sage_operands(q, k, v, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None):
+def sage_operands(
+    q, k, v, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None, queries=None
+):  # fmt: skip
     """What `hopper_attention` reads for dense attention, from q, k, v [b, l, h, d].
 
     mean_k, v_max: the mean key and max |v| over the keys, float32 [b * h, d], where they are known already.
+    queries: what it reads of q, INT8 and scales, where that is made already; q is not read then.
     """
     lq, lk = q.shape[1], k.shape[1]
     rows, keys = -(-lq // TILE_Q) * TILE_Q, -(-lk // block_k) * block_k
@@ -61,12 +64,13 @@ def sage_operands(q, k, v, *, scale, block_q, block_k, smooth_k, interpret, mean
     v_scale = value_scale(v).reshape(-1, v.shape[-1]) if v_max is None else scale_of_largest(v_max)
     v_scale = v_scale * (E4M3_MAX / value_max(block_k))
     q, k, v = map(whole_rows, (q, k, v))
-    q8, q_scale = quantize.quantize_rows(q, None, lq, rows, block_q, interpret=interpret)
+    if queries is None:
+        q8, q_scale = quantize.quantize_rows(q, None, lq, rows, block_q, interpret=interpret)
+        # In halves of a tile, however many rows share a scale.
+        queries = q8, jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
     k8, k_scale = quantize.quantize_rows(k, mean, lk, keys, block_k, interpret=interpret)
     vt8 = quantize.quantize_values(v, 1.0 / v_scale, keys, interpret=interpret)
-    # In halves of a tile, however many rows share a scale.
-    q_scale = jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
-    return q8, q_scale, k8, k_scale, vt8, v_scale, None
+    return *queries, k8, k_scale, vt8, v_scale, None
 
 
 def over_lists(operands, index, k_scale, block_q):

@@ -43,10 +43,7 @@ def quantize_rows(x, mean, length, rows, block, *, interpret):
             y = y - hw.per_column(plgpu.load(means[0].at[head], layout=hw.PER_COLUMN, optimized=False), y)
             row = plgpu.broadcasted_iota(jnp.int32, (block,), 0, layout=hw.PER_ROW)
             y = jnp.where(hw.per_row(row, y) < length - first, y, 0.0)
-        scale = jnp.max(jnp.max(jnp.abs(y), axis=1), axis=0) * jnp.float32(1 / 127.0) + 1e-7
-        y = y * (1.0 / scale)
-        # Conversion to integers truncates: half away from zero.
-        return (y + jnp.where(y < 0, -0.5, 0.5)).astype(jnp.int8), scale
+        return round_tile(y)
 
     def body(ref):
         head = lax.axis_index("head")
@@ -74,6 +71,14 @@ def quantize_rows(x, mean, length, rows, block, *, interpret):
         "scales": jax.ShapeDtypeStruct((n, tiles), jnp.float32),
     }
     return _launch(body, "quantize_rows", inputs, outputs, block, (block, dim), tiles, interpret)
+
+
+def round_tile(y):
+    """(INT8 of a float32 tile, its scale), half away from zero."""
+    scale = jnp.max(jnp.max(jnp.abs(y), axis=1), axis=0) * jnp.float32(1 / 127.0) + 1e-7
+    y = y * (1.0 / scale)
+    # Conversion to integers truncates.
+    return (y + jnp.where(y < 0, -0.5, 0.5)).astype(jnp.int8), scale
 
 
 def quantize_values(v, inverse, rows, *, interpret):

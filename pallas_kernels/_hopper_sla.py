@@ -3,6 +3,7 @@
     k, v -> f(k)^T v, sum f(k), sums of k over blocks, maxima of v (quantised only)    `_hopper_linear`
     q    -> sums over blocks                             `_hopper_linear`; scores and top-k of the means are small: XLA
     q, k, v -> INT8, FP8 (quantised only)                `_hopper_quantize`
+            where q is still to be normed and turned, that, its sums and its INT8 are one pass: `_hopper_rotate_queries`
     attention over the lists; its epilogue adds f(q) times the product of f(k)^T v and the projection
 
 so that no f(q), f(k) and no output of the linear branch is ever written. Expected on H100 at 32,760 tokens, 12 heads of
@@ -17,6 +18,7 @@ from jax import lax
 
 from pallas_kernels import _hopper as hw
 from pallas_kernels._hopper_attention import (
+    TILE_Q,
     LinearBranch,
     attend,
     over_lists,
@@ -26,19 +28,31 @@ from pallas_kernels._hopper_attention import (
     whole_rows,
 )
 from pallas_kernels._hopper_linear import BLOCK, block_sums, summarize_keys
+from pallas_kernels._hopper_rotate_queries import RotatedQueries, rotate_queries
 from pallas_kernels._hopper_top_blocks import MOST, listed, top_blocks
 from pallas_kernels.block_map import block_counts, block_scores, num_selected
 
 
 def sla_forward(
-    q, k, v, proj_w, proj_b, *, topk, block_q, block_k, quantized, feature_map, scale, amax, interpret
+    q, k, v, proj_w, proj_b, rotary=None, *, topk, block_q, block_k, quantized, feature_map, scale, amax, interpret
 ) -> tuple[jax.Array, jax.Array | None]:
     """(o [b, l, h, d] in q's dtype, 16 bits; if `amax`, the largest |o| of each token, float32 [b, l], else None).
 
     Arguments as of `sparse_linear_attention`.
     """
-    b, _, h, dim = q.shape
+    b, length_q, h, dim = q.shape
     length = k.shape[1]
+    if rotary is None:
+        queries = RotatedQueries(whole_rows(q), block_sums(whole_rows(q), interpret=interpret))
+    else:
+        # With a scale for 64 rows each, as attention reads them, where blocks of 128 rows would share one.
+        queries = rotate_queries(
+            whole_rows(q),
+            rotary,
+            q8_rows=-(-length_q // TILE_Q) * TILE_Q if quantized else None,
+            score_scale=scale * hw.LOG2E,
+            interpret=interpret,
+        )
     summary = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, v_max=quantized, interpret=interpret)
 
     def by_blocks(sums, block):
@@ -51,11 +65,11 @@ def sla_forward(
     centred_k = by_blocks(summary.k_sums, block_k) / block_counts(length, block_k)[:, None]
     centred_k = centred_k - mean_k.reshape(b, h, 1, dim)
     # Sums of q in place of means: a row of scores keeps its order.
-    sums_q = by_blocks(block_sums(whole_rows(q), interpret=interpret), block_q)
+    sums_q = by_blocks(queries.sums, block_q)
 
     combined = jnp.einsum("nde,oe->ndo", summary.products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     linear = LinearBranch(
-        q=whole_rows(q) if quantized else None,
+        q=queries.q if quantized else None,
         combined=combined.astype(q.dtype),
         f_sum=summary.f_sum,
         bias=proj_b,
@@ -64,13 +78,13 @@ def sla_forward(
     if quantized:
         dense = sage_operands(
             q, k, v, scale=scale, block_q=block_q, block_k=block_k, smooth_k=True, mean_k=mean_k, v_max=summary.v_max,
-            interpret=interpret,
+            queries=None if rotary is None else (queries.q8, queries.q8_scale), interpret=interpret,
         )  # fmt: skip
         index, k_scale = route(sums_q, centred_k, topk, dense[3], interpret=interpret)
         operands = over_lists(dense, index, k_scale, block_q)
     else:
         index, _ = route(sums_q, centred_k, topk, interpret=interpret)
-        operands = sparse_operands(q, k, v, index, block_q)
+        operands = sparse_operands(queries.q, k, v, index, block_q)
     factor = None if quantized else scale * hw.LOG2E
     o, _, largest = attend(operands, q, k, block_q, block_k, factor, interpret, linear, amax)
     return o, largest

@@ -1,12 +1,14 @@
-"""Vectors from global memory whose elements do not lie one behind the other, or not all of them there.
+"""Loads from global memory whose rows do not lie one behind the other, or not all of them there.
 
-XLA would write such a vector in a kernel of its own, in every layer, for the kernel that reads it.
+Other loads into registers read whatever lies behind an array, and an array that suits them XLA would write in a kernel
+of its own, in every layer.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,48 +16,52 @@ from pallas_kernels import _plgpu as plgpu
 
 
 class Places(NamedTuple):
-    """Element i lies at stride * i + offset, modulo `period`, and from `last` on there."""
+    """Row i is read from row stride * i + offset, modulo `period`; past the end of the array from its last one."""
 
     stride: int = 1
     offset: int = 0
     period: int | None = None
-    last: int | None = None
 
 
-def load_at(ref, places: Places, size: int, layout, *, first=0, interpret: bool):
-    """float32 [size] in `layout`: elements first, first + 1, ... of `places` in ref, float32 [n] in global memory."""
+IN_ORDER = Places()
+
+
+def load_rows(
+    ref, shape: tuple[int, ...], layout, *, first: Any = 0, places: Places = IN_ORDER, interpret: bool
+) -> jax.Array:
+    """float32 [rows, ...] in `layout`: rows first, first + 1, ... of `places` in ref, float32 in global memory."""
     if interpret:
-        i = places.stride * (first + jnp.arange(size)) + places.offset
+        i = places.stride * (first + jnp.arange(shape[0])) + places.offset
         i = i if places.period is None else i % places.period
-        return ref[...][i if places.last is None else jnp.minimum(i, places.last)]
+        return ref[...][jnp.minimum(i, ref.shape[0] - 1)]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
-        return_type=plgpu.ShapeDtypeStruct((size,), jnp.float32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout),
     )
     def load(_: Any, ref: Any, first: Any):
         from jax.experimental.mosaic.gpu import fragmented_array  # late: see _plgpu
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, memref, vector
 
-        index = ir.IndexType.get()
+        index, (rows, *_) = ir.IndexType.get(), ir.MemRefType(ref.type).shape
 
         def constant(value):
             return arith.constant(index, value)
 
-        def value(i):
+        def value(row, *columns):
+            i = arith.addi(start, row)
             i = arith.addi(arith.muli(i, constant(places.stride)), constant(places.offset))
             i = i if places.period is None else arith.remui(i, constant(places.period))
-            return memref.load(ref, [i if places.last is None else arith.minui(i, constant(places.last))])
+            return memref.load(ref, [arith.minui(i, constant(rows - 1)), *columns])
 
         held = layout.to_mgpu()
-        kind = held.registers_element_type(ir.F32Type.get())
-        first = arith.index_castui(index, first.registers.item())
-        registers = np.empty(held.registers_shape((size,)), dtype=object)
-        for at, (i,) in zip(np.ndindex(registers.shape), held.thread_idxs((size,)), strict=True):
-            start = arith.addi(first, i)
-            values = [value(arith.addi(start, constant(n))) for n in range(kind.shape[0])]
-            registers[at] = vector.from_elements(kind, values)
+        element = held.registers_element_type(ir.F32Type.get())
+        start = arith.index_castui(index, first.registers.item())
+        registers = np.empty(held.registers_shape(shape), dtype=object)
+        for at, (*outer, last) in zip(np.ndindex(registers.shape), held.thread_idxs(shape), strict=True):
+            values = [value(*outer, arith.addi(last, constant(n))) for n in range(element.shape[0])]
+            registers[at] = vector.from_elements(element, values)
         return fragmented_array.FragmentedArray(_registers=registers, _layout=held, _is_signed=None)
 
     return load(ref, jnp.asarray(first, jnp.int32))

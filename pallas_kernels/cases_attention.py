@@ -12,6 +12,7 @@ from pallas_kernels._refusals import BLOCKS
 from pallas_kernels.aot import Case
 from pallas_kernels.block_map import num_selected
 from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.rotary import Rotary
 from pallas_kernels.sage_attention import sage_attention
 from pallas_kernels.sparse_linear_attention import sparse_linear_attention
 from pallas_kernels.text_attention import text_attention
@@ -47,7 +48,7 @@ def compile_cases() -> list[Case]:
                 targets = _targets(shape, (block_q, block_k))
                 if targets:
                     cases.append(Case(name, sparse, (x, x, x, index), targets))
-    return cases + _fused_cases() + _text_cases()
+    return cases + _fused_cases() + _rotary_cases() + _text_cases()
 
 
 def _fused_cases() -> list[Case]:
@@ -71,6 +72,34 @@ def _fused_cases() -> list[Case]:
         kind = "int8" if quantized else "bf16"
         name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}{' amax' if amax else ''}"
         cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=3))
+    return cases
+
+
+def _rotary_cases() -> list[Case]:
+    """The same from queries as their product gave them."""
+    variants = [(shape, BLOCKS[-1], True) for shape in SHAPES]
+    variants += [(SHAPES[0], BLOCKS[0], True), (SHAPES[0], BLOCKS[0], False), (SHAPES[3], BLOCKS[-1], False)]
+    cases = []
+    for (tokens, heads, dim), (block_q, block_k), quantized in variants:
+        op = functools.partial(
+            sparse_linear_attention,
+            topk=TOPK,
+            block_q=block_q,
+            block_k=block_k,
+            quantized=quantized,
+            implementation="mosaic_gpu",
+        )
+
+        def run(*args, op=op):
+            return op(*args[:5], q_rotary=Rotary(*args[5:]))
+
+        x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
+        projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
+        parts = ((1, tokens), (heads * dim,), (tokens, dim // 2), (tokens, dim // 2))
+        rotary = (jax.ShapeDtypeStruct(part, jnp.float32) for part in parts)
+        kind = "int8" if quantized else "bf16"
+        name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim} rotary"
+        cases.append(Case(name, run, (x, x, x, *projection, *rotary), ("h100",), kernels=3))
     return cases
 
 

@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hardware_check_routing, hardware_check_text
+from pallas_kernels import hardware_check_queries, hardware_check_routing, hardware_check_text
 from pallas_kernels._attention_xla import block_sparse_xla, default_scale, dense_xla
 from pallas_kernels._heads import heads_first, heads_last
 from pallas_kernels._refusals import BLOCKS
 from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.dispatch import compiling_for, gpu_arch
+from pallas_kernels.hardware_check_queries import QueryCheck
 from pallas_kernels.hardware_check_routing import RoutingCheck
 from pallas_kernels.hardware_check_text import TextCheck
 from pallas_kernels.sage_attention import BLOCK_K, BLOCK_Q, sage_attention
@@ -43,7 +44,7 @@ CASE_SECONDS = 150
 BOUNDS = {"int8": 5e-2, "bf16": 1e-2, "sagesla": 5e-2, "sla": 1e-2}
 # Kernels round P against the running maximum, XLA against the final one: measured 1.8e-2 apart.
 FROM_XLA = {"int8": 3e-2, "bf16": 5e-3, "sagesla": 3e-2, "sla": 5e-3}
-PARTS = ("routing", "quantize", "linear branch", "text")
+PARTS = ("routing", "quantize", "linear branch", "queries", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ def _offset(rng, shape):
     return q, k, v + 1
 
 
+AnyCheck = Check | QueryCheck | TextCheck | RoutingCheck
 DATA: dict[str, Callable] = {
     "gaussian": _gaussian,
     "offset": _offset,
@@ -115,10 +117,8 @@ DATA: dict[str, Callable] = {
 }
 
 
-def checks() -> list[Check | TextCheck | RoutingCheck]:
-    out: list[Check | TextCheck | RoutingCheck] = [
-        Check("int8", length, 2, 128) for length in (128, 1024, 1, 64, 100, 333, 4100)
-    ]
+def checks() -> list[AnyCheck]:
+    out: list[AnyCheck] = [Check("int8", length, 2, 128) for length in (128, 1024, 1, 64, 100, 333, 4100)]
     out += [Check("int8", 1024, 2, 128, blocks) for blocks in BLOCKS]
     out += [Check("int8", 777, 3, 128, blocks, "outliers", batch=2) for blocks in BLOCKS]
     out += [Check("int8", 1000, 3, 64, blocks, "mean") for blocks in (None, *BLOCKS)]
@@ -148,10 +148,12 @@ def checks() -> list[Check | TextCheck | RoutingCheck]:
         large = functools.partial(Check, length=32_760, heads=12, dim=128, data="offset", topk=0.1, portable=arch)
         out += [large("int8", blocks=blocks) for blocks in (None, BLOCKS[0])]
         out.append(large("bf16", blocks=BLOCKS[0]))
-    return out + hardware_check_text.checks() + hardware_check_routing.checks()
+    return out + hardware_check_queries.checks() + hardware_check_text.checks() + hardware_check_routing.checks()
 
 
-def run_check(check: Check | TextCheck | RoutingCheck) -> dict:
+def run_check(check: AnyCheck) -> dict:
+    if isinstance(check, QueryCheck):
+        return hardware_check_queries.run_check(check)
     if isinstance(check, TextCheck):
         return hardware_check_text.run_check(check)
     if isinstance(check, RoutingCheck):
@@ -339,6 +341,7 @@ def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Cal
         cases[f"sla {size}"] = lambda blocks=blocks: sla(blocks, False)
         cases[f"sagesla {size}"] = lambda blocks=blocks: sla(blocks, True)
         cases[f"sagesla kernel {size}"] = lambda blocks=blocks: kernel(blocks, False)
+    cases |= hardware_check_queries.bench_cases(length, heads, dim, timed)
     return cases | hardware_check_text.bench_cases(length, heads, timed)
 
 
@@ -361,6 +364,7 @@ def bench_cases_names() -> list[str]:
     for block_q, block_k in BLOCKS:
         size = f"{block_q}x{block_k}"
         names += [f"routing {size}", f"sla {size}", f"sagesla {size}", f"sagesla kernel {size}"]
+    names += hardware_check_queries.bench_cases(1, 1, 128, timed)
     return names + list(hardware_check_text.bench_cases(1, 1, timed))
 
 

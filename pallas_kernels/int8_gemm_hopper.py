@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import _plgpu as plgpu
 from pallas_kernels._hopper_round_ahead import UNIT, fence_before_tma, round_rows
-from pallas_kernels._loads import Places, load_at
+from pallas_kernels._loads import load_rows
 from pallas_kernels.dispatch import core_count
 from pallas_kernels.int8_epilogue import epilogue
 from pallas_kernels.quantize_kernels import rounded_to_int8
@@ -216,10 +216,9 @@ def hopper_gemm(
                 return ref["x_smem"].at[slot, rows], ref["w_smem"].at[slot].transpose((1, 0))
 
             def channels(row, column, first):
-                source, own = ref["x_amax" if ahead else "x_scale"], row + warpgroup * ROWS
                 # The last tile has rows that there are not; what they become is not written.
-                places, layout = Places(last=source.shape[0] - 1), plgpu.Layout.WGMMA.reduce(1)
-                row_scale = load_at(source, places, ROWS, layout, first=own, interpret=interpret)
+                source, layout = ref["x_amax" if ahead else "x_scale"], plgpu.Layout.WGMMA.reduce(1)
+                row_scale = load_rows(source, (ROWS,), layout, first=row + warpgroup * ROWS, interpret=interpret)
                 if ahead:
                     row_scale = jnp.maximum(row_scale, AMAX_FLOOR) * (1 / INT8_MAX_TOKEN)
 

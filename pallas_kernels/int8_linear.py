@@ -123,6 +123,11 @@ def rounds_rows(n: int, k: int, dtype: DTypeLike = jnp.bfloat16) -> bool:
     return tiles("int8_rows_rounded", n=n, k=k)["ahead"]
 
 
+def measures_rows(n: int, k: int, dtype: DTypeLike = jnp.bfloat16) -> bool:
+    """Whether the product of `int8_linear` by [N, K] weights takes the `measure` of its rows without another pass."""
+    return gpu_arch() == HOPPER and supports_hopper(n, k, dtype) is None
+
+
 def supports(m: int, n: int, k: int, dtype: DTypeLike) -> str | None:
     """Why the kernels cannot run a product of this shape, or None if they can."""
     if m == 0:

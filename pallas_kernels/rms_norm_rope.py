@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import _plgpu as plgpu
-from pallas_kernels._loads import Places, load_at
+from pallas_kernels._loads import Places, load_rows
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.rotary import Rotary, check_angles, turned
 
 PAIRS = 128  # pairs that a warpgroup takes at a time, one a thread
 ROWS = 8  # tokens that a block takes in turn, so that the weight is loaded once for them
@@ -39,13 +40,7 @@ def rms_norm_rope(
     token l and pair j, the same for all heads. Everything in float32, rounded once to x's dtype.
     Differentiable in forward and reverse mode. Source: wan/modules/model.py (WanRMSNorm, rope_apply) of Wan2.1.
     """
-    _, length, heads, dim = x.shape
-    if weight.shape != (heads * dim,):
-        raise ValueError(f"rms_norm_rope: weight {list(weight.shape)} is not the full width [{heads * dim}]")
-    if cos.shape != (length, dim // 2) or sin.shape != cos.shape:
-        raise ValueError(
-            f"rms_norm_rope: cos {list(cos.shape)} and sin {list(sin.shape)} should be {[length, dim // 2]}"
-        )
+    check_angles("rms_norm_rope", x, weight, cos, sin)
     return _rms_norm_rope(x, weight, cos, sin, eps, implementation)
 
 
@@ -91,7 +86,7 @@ def _kernel(x, weight, cos, sin, *, eps, interpret):
 
     def body(pairs, weight, cos, sin, out):
         def at(places, ref):
-            return load_at(ref, places, PAIRS, layout, interpret=interpret)
+            return load_rows(ref, (PAIRS,), layout, places=places, interpret=interpret)
 
         weights = [[at(Places(2, 2 * run + half), weight) for half in (0, 1)] for run in runs]
         b = lax.axis_index("batch")
@@ -147,16 +142,6 @@ def _pack(first, second):
 
 
 def _xla(x, weight, cos, sin, *, eps):
-    batch, length, heads, dim = x.shape
-    flat = x.reshape(batch, length, heads * dim).astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
-    y = flat * lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32)
-    return apply_rope(y.reshape(x.shape), cos, sin).astype(x.dtype)
-
-
-def apply_rope(x: Float[Array, "B L H D"], cos: Array, sin: Array) -> Float[Array, "B L H D"]:
-    """x * c + swap(x) * s with c = [cos, cos], s = [-sin, sin] on each pair: 3x faster on a CPU than slicing."""
-    c = jnp.repeat(cos.astype(jnp.float32), 2, axis=-1)[:, None]
-    s = jnp.stack([-sin, sin], axis=-1).astype(jnp.float32).reshape(c.shape)
-    swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-    return x * c + swapped * s
+    batch, length, *_ = x.shape
+    mean_square = jnp.mean(jnp.square(x.reshape(batch, length, -1).astype(jnp.float32)), axis=-1)
+    return turned(x, Rotary(lax.rsqrt(mean_square + eps), weight, cos, sin))

@@ -11,18 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels._attention_kernels import HOPPER
 from pallas_kernels._attention_xla import compute_dtype, default_scale
 from pallas_kernels._derivatives import forward_only
 from pallas_kernels._heads import check_qkv, with_largest
-from pallas_kernels._refusals import attention_refusal
+from pallas_kernels._refusals import BLOCKS, HEAD_DIMS, attention_refusal
 from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.dispatch import dispatch, gpu_arch
 from pallas_kernels.linear_attention import FEATURE_MAPS, linear_attention
+from pallas_kernels.rotary import Rotary, check_rotary, turned
 
 
 @functools.partial(
@@ -51,6 +54,7 @@ def sparse_linear_attention(
     quantized: bool = False,
     feature_map: str = "softmax",
     scale: float | None = None,
+    q_rotary: Rotary | None = None,
     return_amax: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "b lq h d"] | tuple[Float[Array, "b lq h d"], Float32[Array, "b lq"]]:
@@ -67,6 +71,8 @@ def sparse_linear_attention(
         quantized: INT8 scores and FP8 values in the sparse branch (SageSLA); no derivative.
         feature_map: "softmax" (over head_dim), "elu" (elu + 1) or "relu".
         scale: factor on the sparse branch's scores; None is 1 / sqrt(head_dim).
+        q_rotary: what q, as its product gave it, is multiplied and turned by first, `turned(q, q_rotary)`, rounded once
+            to its dtype: on Hopper in the pass that sums and quantises it (`rotates_queries`). None: q is that already.
         return_amax: also return float32 [B, L], the largest |o| over all heads of a token, o as it is rounded.
         implementation: None, "xla", "mosaic_gpu" or "interpret".
 
@@ -86,11 +92,16 @@ def sparse_linear_attention(
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map {feature_map!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}")
     check_qkv(name, q, k, v)
+    if q_rotary is not None:
+        check_rotary(name, q, q_rotary)
     scale = default_scale(dim) if scale is None else scale
     sizes: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
 
-    def branches(q, k, v, proj_w, proj_b, implementation):
+    def branches(q, k, v, proj_w, proj_b, *rotary, implementation):
         """Each branch by itself, and their sum: what the op returns."""
+        if rotary:
+            # The barrier keeps XLA from leaving out that this is rounded.
+            q = lax.optimization_barrier(turned(q, Rotary(*rotary)))
         block_index = sla_block_map(q, k, topk=topk, **sizes)
         sparse = block_sparse_attention(
             q, k, v, block_index, quantized=quantized, scale=scale, implementation=implementation, **sizes
@@ -109,18 +120,29 @@ def sparse_linear_attention(
 
         options = {"topk": topk, "quantized": quantized, "feature_map": feature_map, "scale": scale}
 
-        def fused(*args):
+        def fused(q, k, v, proj_w, proj_b, *rotary):
+            args = q, k, v, proj_w, proj_b, Rotary(*rotary) if rotary else None
             o, amax = sla_forward(*args, amax=return_amax, interpret=interpret, **options, **sizes)
             return o if amax is None else (o, amax)
 
         return _differentiated_as(apart, fused)(*args)
 
     unsupported = attention_refusal(q, implementation, scale, block_q, block_k)
+    rotary = () if q_rotary is None else tuple(q_rotary)
     if quantized:
-        q, k, v = forward_only(name, q, k, v)
+        q, k, v, *rotary = forward_only(name, q, k, v, *rotary)
     xla = functools.partial(branches, implementation="xla")
-    args = (q, k, v, proj_w, proj_b)
+    args = (q, k, v, proj_w, proj_b, *rotary)
     return dispatch(name, implementation, args, xla=xla, kernel=kernel, unsupported=unsupported)
+
+
+def rotates_queries(
+    head_dim: int, dtype: DTypeLike, *, block_q: int, block_k: int, implementation: str | None = None
+) -> bool:
+    """Whether `sparse_linear_attention` is faster for norming and turning q itself (`q_rotary`) than where that is done
+    before, if the sums of squares of q's rows are known."""
+    kernel = head_dim in HEAD_DIMS and (block_q, block_k) in BLOCKS and jnp.dtype(dtype).itemsize == 2
+    return kernel and gpu_arch() == HOPPER and implementation != "xla"
 
 
 def _differentiated_as(apart: Callable[..., Any], fused: Callable[..., Any]) -> Callable[..., Any]:

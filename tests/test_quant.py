@@ -1,5 +1,7 @@
 """W8A8 replaces the blocks' linear layers, nothing else, and stays close to the float model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,10 @@ import pytest
 from flax import nnx
 from random_modules import random_module
 
+import turbojax.attention
+from turbojax.attention import AttentionConfig
 from turbojax.config import DiTConfig
+from turbojax.models import dit as dit_module
 from turbojax.models.layers import Linear
 from turbojax.quant import QuantizedLinear, block_linears, quantize_dit, quantize_linear
 
@@ -99,3 +104,45 @@ def test_a_layer_hands_its_rows_maxima_to_the_next():
         y, squares = layer.with_squares(rows)
         np.testing.assert_array_equal(y, layer(rows))
         np.testing.assert_allclose(squares, np.square(np.asarray(y, np.float64)).sum(axis=-1), rtol=1e-5)
+
+
+SAGESLA = AttentionConfig("sagesla", topk=0.5, block_q=64, block_k=64)
+
+
+@pytest.mark.parametrize(
+    ("attention", "quantized", "linear_branch", "asked"),
+    [
+        (SAGESLA, True, True, True),
+        (dataclasses.replace(SAGESLA, kind="sla"), True, True, True),
+        # Its squares would take a pass of their own.
+        (SAGESLA, False, True, False),
+        # These have no pass over q that could turn it.
+        (SAGESLA, True, False, False),
+        (dataclasses.replace(SAGESLA, kind="sage"), True, True, False),
+        (dataclasses.replace(SAGESLA, block_q=32), True, True, False),
+        (dataclasses.replace(SAGESLA, implementation="xla"), True, True, False),
+    ],
+)
+def test_attention_turns_the_queries_where_that_saves_a_pass(monkeypatch, attention, quantized, linear_branch, asked):
+    """And the model is the same function, to the order in which float32 sums the squares."""
+    config = dataclasses.replace(CONFIG, num_layers=1, linear_branch=linear_branch)
+    module = random_module(config, jnp.bfloat16)
+    module = quantize_dit(module) if quantized else module
+    asks = []
+
+    def attend(*args, q_rotary, **options):
+        asks.append(q_rotary is not None)
+        return turbojax.attention.attend(*args, q_rotary=q_rotary, **options)
+
+    monkeypatch.setattr(dit_module, "attend", attend)
+    latents, timestep, context = inputs()
+
+    def run():
+        dit_module._forward.clear_cache()
+        return module(jnp.tile(latents, (1, 1, 4, 4, 1)), timestep, context, attention=attention)
+
+    found = run()
+    monkeypatch.setattr(dit_module, "rotates_queries", lambda *args, **options: False)
+    before = run()
+    assert asks == [asked, False]
+    np.testing.assert_allclose(found, before, rtol=2e-2, atol=2e-2 * float(jnp.abs(before).max()))

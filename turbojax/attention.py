@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, overload
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 import pallas_kernels as kernels
@@ -43,6 +44,8 @@ class AttentionConfig:
 
 
 DENSE = AttentionConfig()
+LINEAR_BRANCH: tuple[Kind, ...] = ("sla", "sagesla")
+"""Kinds that may have one."""
 
 
 @overload
@@ -53,6 +56,7 @@ def attend(
     config: AttentionConfig = ...,
     proj_l: tuple[Array, Array] | None = ...,
     return_amax: Literal[False] = ...,
+    q_rotary: kernels.Rotary | None = ...,
 ) -> Array: ...
 
 
@@ -65,6 +69,7 @@ def attend(
     proj_l: tuple[Array, Array] | None = ...,
     *,
     return_amax: Literal[True],
+    q_rotary: kernels.Rotary | None = ...,
 ) -> tuple[Array, Array]: ...
 
 
@@ -75,13 +80,15 @@ def attend(
     config: AttentionConfig = DENSE,
     proj_l: tuple[Float[Array, "d d"], Float[Array, "d"]] | None = None,
     return_amax: bool = False,
+    q_rotary: kernels.Rotary | None = None,
 ) -> Float[Array, "B L H d"] | tuple[Float[Array, "B L H d"], Float32[Array, "B L"]]:
     """Scaled dot-product attention of the configured kind; `proj_l` is (weight [d, d] as (out, in), bias [d]).
 
     Without `proj_l` an SLA kind is pure block-sparse attention: what SLA computes when proj_l is zero.
     return_amax: also return float32 [B, L], the largest |o| over all heads of a token, o as it is rounded.
+    q_rotary: what q is still to be multiplied and turned by (`kernels.turned`), rounded once to its dtype.
     """
-    if proj_l is not None and config.kind in ("sla", "sagesla"):
+    if proj_l is not None and config.kind in LINEAR_BRANCH:
         weight, bias = proj_l
         return kernels.sparse_linear_attention(
             q,
@@ -94,11 +101,25 @@ def attend(
             block_k=config.block_k,
             quantized=config.kind == "sagesla",
             feature_map=config.feature_map,
+            q_rotary=q_rotary,
             return_amax=return_amax,
             implementation=config.implementation,
         )
+    if q_rotary is not None:
+        q = kernels.turned(q, q_rotary)
     o = _one_branch(q, k, v, config)
     return with_largest(o) if return_amax else o
+
+
+def rotates_queries(config: AttentionConfig, head_dim: int, dtype: DTypeLike, *, linear_branch: bool) -> bool:
+    """Whether `attend` is faster for norming and turning the queries itself, where their sums of squares are known."""
+    return (
+        linear_branch
+        and config.kind in LINEAR_BRANCH
+        and kernels.rotates_queries(
+            head_dim, dtype, block_q=config.block_q, block_k=config.block_k, implementation=config.implementation
+        )
+    )
 
 
 def _one_branch(

@@ -47,6 +47,12 @@ class QuantizedLinear(nnx.Module):
         n, k = self.weight_q.shape[-2:]
         return not self._in_tiles and kernels.rounds_rows(n, k, self.bias.dtype)
 
+    @property
+    def tells_squares(self) -> bool:
+        """Whether `with_squares` costs no pass of its own."""
+        n, k = self.weight_q.shape[-2:]
+        return kernels.measures_rows(n, k, self.bias.dtype)
+
     def with_amax(
         self, x: Num[Array, "*rows K"] | Quantized, activation: Literal["gelu_tanh"] | None = None
     ) -> Measured:

@@ -9,7 +9,9 @@ import pytest
 from attention_reference import attention, inputs, relative
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-from pallas_kernels import block_sparse_attention, sla_block_map, sparse_linear_attention
+from pallas_kernels import Rotary, block_sparse_attention, sla_block_map, sparse_linear_attention, turned
+from pallas_kernels._hopper_attention import whole_rows
+from pallas_kernels._hopper_rotate_queries import rotate_queries
 
 FEATURES = {
     "softmax": lambda x: (
@@ -205,3 +207,96 @@ def test_the_fused_kernels_give_the_largest_output_of_each_token(batch, length, 
     np.testing.assert_array_equal(amax, largest(o))
     want = op(q, k, v, w, b, implementation="xla")
     assert relative(o, want) <= (3e-2 if quantized else 5e-3)
+
+
+def rotary(q, seed=5):
+    """Something to multiply q by, near 1 over its rms, and angles."""
+    rng = np.random.default_rng(seed)
+    b, length, heads, dim = q.shape
+    weight = 1 + rng.standard_normal(heads * dim) / 8
+    angle = rng.uniform(0, 6.28, (length, dim // 2))
+    parts = rng.uniform(0.5, 1.5, (b, length)), weight, np.cos(angle), np.sin(angle)
+    return Rotary(*(jnp.asarray(part, jnp.float32) for part in parts))
+
+
+@pytest.mark.parametrize(("dtype", "quantized"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_queries_may_come_as_their_product_gave_them(dtype, quantized):
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs("gaussian", 2, 70, 70, 3, 32))
+    w, b = (jnp.asarray(x, dtype) for x in projection(32))
+    op = functools.partial(sparse_linear_attention, quantized=quantized, return_amax=True, **SIZES)
+    found = op(q, k, v, w, b, q_rotary=rotary(q))
+    want = op(jax.jit(turned)(q, rotary(q)), k, v, w, b)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert relative(found[0], op(q, k, v, w, b)[0]) > 0.1, "turning does not show"
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), [("xla", "float32"), ("interpret", "bfloat16")])
+def test_derivatives_through_what_turns_the_queries(implementation, dtype):
+    """In both modes, with respect to q and to the factors; the kernel's op has XLA's, to bfloat16."""
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs("gaussian", 1, 72, 72, 1, 64))
+    w, b = (jnp.asarray(x, dtype) for x in projection(64))
+    op = functools.partial(sparse_linear_attention, topk=0.5, block_q=64, block_k=64)
+    rest = rotary(q)[1:]
+
+    def found(q, factor):
+        o = op(q, k, v, w, b, q_rotary=Rotary(factor, *rest), implementation=implementation)
+        return jnp.sum(jnp.sin(o.astype(jnp.float32)))
+
+    def formula(q, factor):
+        o = op(turned(q, Rotary(factor, *rest)), k, v, w, b, implementation="xla")
+        return jnp.sum(jnp.sin(o.astype(jnp.float32)))
+
+    point = q, rotary(q).factor
+    bound = 1e-5 if dtype == "float32" else 3e-2
+    for got, want in zip(*(jax.grad(loss, argnums=(0, 1))(*point) for loss in (found, formula)), strict=True):
+        assert relative(got, want) <= bound
+    forward = [float(jax.jvp(loss, point, point)[1]) for loss in (found, formula)]
+    assert forward[0] == pytest.approx(forward[1], rel=bound)
+
+
+def test_the_quantised_op_has_no_derivative_in_the_factors_either():
+    q, k, v = inputs("gaussian", 1, 32, 32, 1, 16)
+    w, b = jnp.zeros((16, 16)), jnp.zeros(16)
+
+    def loss(factor):
+        turn = Rotary(factor, *rotary(q)[1:])
+        return sparse_linear_attention(q, k, v, w, b, quantized=True, q_rotary=turn, **SIZES).sum()
+
+    with pytest.raises(NotImplementedError, match="quantised"):
+        jax.grad(loss)(rotary(q).factor)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "dim", "blocks", "quantized"),
+    [
+        (2, 135, 64, (64, 128), True),
+        (1, 61, 64, (128, 64), False),
+        pytest.param(1, 200, 128, (64, 128), True, marks=pytest.mark.slow),
+        pytest.param(1, 300, 64, (128, 64), True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_fused_kernels_turn_the_queries_on_the_way(batch, length, dim, blocks, quantized):
+    """Over two heads: the same as from queries turned before, bit for bit where a block has 64 rows. Of 128 rows each
+    half has a scale of its own, which leaves an error below that of INT8."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs("outliers", batch, length, length, 2, dim))
+    w, b = (jnp.asarray(x, jnp.bfloat16) for x in projection(dim))
+    op = functools.partial(sparse_linear_attention, topk=0.5, block_q=blocks[0], block_k=blocks[1], quantized=quantized)
+    got = jax.block_until_ready(op(q, k, v, w, b, q_rotary=rotary(q), implementation="interpret"))
+    assert not interpret_pallas_call.get_races().races_found
+    before = rotate_queries(whole_rows(q), rotary(q), interpret=True).q[:, :length]
+    want = op(before, k, v, w, b, implementation="interpret")
+    if quantized and blocks[0] == 128:
+        assert relative(got, want) <= 3e-2
+    else:
+        np.testing.assert_array_equal(got, want)
+    assert relative(got, op(q, k, v, w, b, q_rotary=rotary(q), implementation="xla")) <= (3e-2 if quantized else 5e-3)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("part", "message"), [("factor", "batch, length"), ("weight", "full width"), ("cos", "cos")])
+def test_a_rotary_for_other_queries_is_named(part, message):
+    q, k, v = inputs("gaussian", 1, 32, 32, 1, 16)
+    turn = rotary(q)
+    turn = turn._replace(**{part: getattr(turn, part)[..., :3]})
+    with pytest.raises(ValueError, match=message):
+        sparse_linear_attention(q, k, v, jnp.zeros((16, 16)), jnp.zeros(16), q_rotary=turn, **SIZES)

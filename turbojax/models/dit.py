@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PyTree
 
 import pallas_kernels as kernels
-from turbojax.attention import DENSE, AttentionConfig, attend
+from turbojax.attention import DENSE, AttentionConfig, attend, rotates_queries
 from turbojax.config import DiTConfig
 from turbojax.models.layers import (
     LayerNorm,
@@ -96,12 +96,25 @@ class SelfAttention(Attention):
         gate: Float[Array, "B 1 D"],
     ) -> Float[Array, "B L D"]:
         """residual + gate * attention of x to itself."""
-        q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
-        q = kernels.rms_norm_rope(q, self.norm_q.scale[...], *rope, eps=self.norm_q.eps)
+        q, q_rotary = self._queries(x, rope, attention)
+        k, v = (self.heads(layer(x)) for layer in (self.k, self.v))
         k = kernels.rms_norm_rope(k, self.norm_k.scale[...], *rope, eps=self.norm_k.eps)
         proj_l = None if self.proj_l is None else (self.proj_l.kernel[...].T, self.proj_l.bias[...])
-        out = attend(q, k, v, attention, proj_l, return_amax=self.o.rounds_rows)
+        out = attend(q, k, v, attention, proj_l, return_amax=self.o.rounds_rows, q_rotary=q_rotary)
         return self.onto(residual, out, gate)
+
+    def _queries(
+        self, x: Activation, rope: Rope, attention: AttentionConfig
+    ) -> tuple[Float[Array, "B L H d"], kernels.Rotary | None]:
+        """Queries, and what attention shall norm and turn them by, where its pass over them can do that as well."""
+        dim = self.norm_q.scale.shape[-1] // self.num_heads
+        if self.q.tells_squares and rotates_queries(
+            attention, dim, self.q.bias.dtype, linear_branch=self.proj_l is not None
+        ):
+            q, squares = self.q.with_squares(x)
+            return self.heads(q), kernels.Rotary(self.norm_q.factor_of(squares), self.norm_q.scale[...], *rope)
+        q = self.heads(self.q(x))
+        return kernels.rms_norm_rope(q, self.norm_q.scale[...], *rope, eps=self.norm_q.eps), None
 
 
 class TextAttention(Attention):

@@ -49,6 +49,11 @@ class Linear(nnx.Module):
         """Whether this layer wants its input `Measured`."""
         return False
 
+    @property
+    def tells_squares(self) -> bool:
+        """Whether `with_squares` costs no pass of its own."""
+        return False
+
     def with_amax(self, x: Any, activation: Literal["gelu_tanh"] | None = None) -> Measured:
         """self(x) and what the next layer needs to round it."""
         y = self(x, activation)
