@@ -17,7 +17,7 @@ from pallas_kernels._hopper_attention_kernel import (
     hopper_attention,
 )
 from pallas_kernels._hopper_top_blocks import listed
-from pallas_kernels._quantize_qkv import E4M3_MAX, rotate_few, scale_of_largest, value_scale
+from pallas_kernels._quantize_qkv import E4M3_MAX, rotate, value_scale
 
 TMA_ROWS = 8
 """Arrays in global memory have a multiple of so many rows. What lies past the end is read as zeros, never written."""
@@ -48,28 +48,27 @@ def value_max(keys: int) -> float:
     return 112.0 / keys
 
 
-def sage_operands(
-    q, k, v, *, scale, block_q, block_k, smooth_k, interpret, mean_k=None, v_max=None, queries=None
-):  # fmt: skip
+def sage_operands(q, k, v, *, scale, block_q, block_k, smooth_k, interpret, queries=None, keys=None):
     """What `hopper_attention` reads for dense attention, from q, k, v [b, l, h, d].
 
-    mean_k, v_max: the mean key and max |v| over the keys, float32 [b * h, d], where they are known already.
     queries: what it reads of q, INT8 and scales, where that is made already; q is not read then.
+    keys: KeyOperands, where the mean key, which is subtracted then, and the scales of v are known.
     """
     lq, lk = q.shape[1], k.shape[1]
-    rows, keys = -(-lq // TILE_Q) * TILE_Q, -(-lk // block_k) * block_k
-    mean = None
-    if smooth_k:
-        mean = rotate_few(quantize.mean_key(k) if mean_k is None else mean_k)
-    v_scale = value_scale(v).reshape(-1, v.shape[-1]) if v_max is None else scale_of_largest(v_max)
-    v_scale = v_scale * (E4M3_MAX / value_max(block_k))
+    rows, key_rows = -(-lq // TILE_Q) * TILE_Q, -(-lk // block_k) * block_k
+    if keys is None:
+        mean = rotate(quantize.mean_key(k)) if smooth_k else None
+        v_scale = value_scale(v).reshape(-1, v.shape[-1]) * (E4M3_MAX / value_max(block_k))
+        v_inverse = 1.0 / v_scale
+    else:
+        mean, v_scale, v_inverse = keys.mean, keys.v_scale, keys.v_inverse
     q, k, v = map(whole_rows, (q, k, v))
     if queries is None:
         q8, q_scale = quantize.quantize_rows(q, None, lq, rows, block_q, interpret=interpret)
         # In halves of a tile, however many rows share a scale.
         queries = q8, jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
-    k8, k_scale = quantize.quantize_rows(k, mean, lk, keys, block_k, interpret=interpret)
-    vt8 = quantize.quantize_values(v, 1.0 / v_scale, keys, interpret=interpret)
+    k8, k_scale = quantize.quantize_rows(k, mean, lk, key_rows, block_k, interpret=interpret)
+    vt8 = quantize.quantize_values(v, v_inverse, key_rows, interpret=interpret)
     return *queries, k8, k_scale, vt8, v_scale, None
 
 

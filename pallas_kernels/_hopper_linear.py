@@ -45,18 +45,19 @@ FEATURE_MAPS: dict[str, Callable] = {
 }
 
 
-class KeySummary(NamedTuple):
-    """float32. products: f(k)^T v [b * h, d, d]. f_sum, k_sum: of f(k) and of k [b * h, d]. k_sums: of k over each
-    BLOCK keys [b * h, blocks, d]. v_max: max |v| [b * h, d], or None."""
+class KeyRuns(NamedTuple):
+    """float32, of each run of up to RUN tiles. products: f(k)^T v [b * h, runs, d, d]. f_sum, k_total: sums of f(k) and
+    of k [b * h, runs, d]. k_sums: of k over each BLOCK keys [b * h, runs * RUN, d], what is past the last block
+    undefined. v_max: max |v| [b * h, runs, d], or None."""
 
     products: jax.Array
     f_sum: jax.Array
-    k_sum: jax.Array
+    k_total: jax.Array
     k_sums: jax.Array
     v_max: jax.Array | None
 
 
-def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret) -> KeySummary:
+def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret) -> KeyRuns:
     """k, v [b, l, h, d] in 16 bits, l a multiple of 8, of which `length` rows count, the others of v being zeros; f(k)
     is rounded to their dtype. v_max: whether that is wanted."""
     b, _, heads, dim = k.shape
@@ -109,10 +110,10 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
             plgpu.WGMMAAccumulatorRef((dim, COLUMNS), jnp.float32),
         )
         number = lax.axis_index("run")
-        ref["kv"].at[head, number][...] = products
-        ref["totals"].at[0, head, number][...] = f_sum.max(axis=1)
+        ref["products"].at[head, number][...] = products
+        ref["f_sum"].at[head, number][...] = f_sum.max(axis=1)
         # From shared memory, as the loop has no registers left for it.
-        ref["totals"].at[1, head, number][...] = lax.fori_loop(
+        ref["k_total"].at[head, number][...] = lax.fori_loop(
             0,
             run.count,
             lambda i, total: total + plgpu.load(sums_smem.at[i], layout=hw.PER_ROW, optimized=False),
@@ -127,8 +128,9 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
     n = b * heads
     inputs = {"k": k, "v": v, "ones": hw.ones(COLUMNS, BLOCK, k.dtype)}
     outputs = {
-        "kv": jax.ShapeDtypeStruct((n, runs, dim, dim), jnp.float32),
-        "totals": jax.ShapeDtypeStruct((2, n, runs, dim), jnp.float32),
+        "products": jax.ShapeDtypeStruct((n, runs, dim, dim), jnp.float32),
+        "f_sum": jax.ShapeDtypeStruct((n, runs, dim), jnp.float32),
+        "k_total": jax.ShapeDtypeStruct((n, runs, dim), jnp.float32),
         "k_sums": jax.ShapeDtypeStruct((n, runs * RUN, dim), jnp.float32),
     }
     if v_max:
@@ -142,12 +144,8 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         "ones_full": plgpu.Barrier(),
     }
-    kv, totals, k_sums, *tops = hw.by_runs(
-        body, "summarize_keys", inputs, outputs, scratch, heads=n, runs=runs, interpret=interpret
-    )
-    largest = tops[0].max(axis=1) if v_max else None
-    f_sum, k_sum = totals.sum(axis=2)
-    return KeySummary(kv.sum(axis=1), f_sum, k_sum, k_sums[:, :tiles], largest)
+    found = hw.by_runs(body, "summarize_keys", inputs, outputs, scratch, heads=n, runs=runs, interpret=interpret)
+    return KeyRuns(*found, *(() if v_max else (None,)))
 
 
 def block_sums(x, *, interpret):

@@ -25,12 +25,14 @@ from pallas_kernels._hopper_attention import (
     sage_operands,
     sparse_operands,
     tail_first,
+    value_max,
     whole_rows,
 )
+from pallas_kernels._hopper_join_runs import join_runs
 from pallas_kernels._hopper_linear import BLOCK, block_sums, summarize_keys
 from pallas_kernels._hopper_rotate_queries import RotatedQueries, rotate_queries
 from pallas_kernels._hopper_top_blocks import MOST, listed, top_blocks
-from pallas_kernels.block_map import block_counts, block_scores, num_selected
+from pallas_kernels.block_map import block_scores, num_selected
 
 
 def sla_forward(
@@ -53,31 +55,23 @@ def sla_forward(
             score_scale=scale * hw.LOG2E,
             interpret=interpret,
         )
-    summary = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, v_max=quantized, interpret=interpret)
-
-    def by_blocks(sums, block):
-        """[b, h, blocks, d] of sums over BLOCK rows each."""
-        per_block = block // BLOCK
-        sums = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % per_block), (0, 0)))
-        return sums.reshape(b, h, -1, per_block, dim).sum(axis=3)
-
-    mean_k = summary.k_sum / length
-    centred_k = by_blocks(summary.k_sums, block_k) / block_counts(length, block_k)[:, None]
-    centred_k = centred_k - mean_k.reshape(b, h, 1, dim)
+    runs = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, v_max=quantized, interpret=interpret)
+    keys = join_runs(runs, proj_w.astype(q.dtype), length, block_k, value_max(block_k), interpret=interpret)
     # Sums of q in place of means: a row of scores keeps its order.
-    sums_q = by_blocks(queries.sums, block_q)
-
-    combined = jnp.einsum("nde,oe->ndo", summary.products, proj_w.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    per_block = block_q // BLOCK
+    sums_q = jnp.pad(queries.sums, ((0, 0), (0, -queries.sums.shape[1] % per_block), (0, 0)))
+    sums_q = sums_q.reshape(b, h, -1, per_block, dim).sum(axis=3)
+    centred_k = keys.centred.reshape(b, h, -1, dim)
     linear = LinearBranch(
         q=queries.q if quantized else None,
-        combined=combined.astype(q.dtype),
-        f_sum=summary.f_sum,
+        combined=keys.combined,
+        f_sum=keys.f_sum,
         bias=proj_b,
         feature_map=feature_map,
     )
     if quantized:
         dense = sage_operands(
-            q, k, v, scale=scale, block_q=block_q, block_k=block_k, smooth_k=True, mean_k=mean_k, v_max=summary.v_max,
+            q, k, v, scale=scale, block_q=block_q, block_k=block_k, smooth_k=True, keys=keys,
             queries=None if rotary is None else (queries.q8, queries.q8_scale), interpret=interpret,
         )  # fmt: skip
         index, k_scale = route(sums_q, centred_k, topk, dense[3], interpret=interpret)
@@ -98,7 +92,7 @@ def route(queries, centred_k, topk, k_scale=None, *, interpret):
     """
     b, h, count, _ = centred_k.shape
     selected = num_selected(count, topk)
-    scores = block_scores(queries, centred_k)
+    scores = block_scores(queries, centred_k, in_parts=not interpret)
     if count > MOST:
         index = tail_first(lax.top_k(scores, selected)[1].astype(jnp.int32), count)
         return index, None if k_scale is None else listed(k_scale, index)

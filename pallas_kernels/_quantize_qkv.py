@@ -50,12 +50,6 @@ def rotate(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     return rotated * np.float32((dim & -dim) ** -0.5)
 
 
-def rotate_few(x: Float32[Array, "n d"]) -> Float32[Array, "n d"]:
-    """`rotate` of a few rows, as a sum: a GPU's matrix product takes twice as long over them."""
-    dim = x.shape[-1]
-    return jnp.sum(x[:, :, None] * (hadamard(dim) * np.float32((dim & -dim) ** -0.5)), axis=1)
-
-
 def round_half_away(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.trunc(x + 0.5 * jnp.sign(x))
 

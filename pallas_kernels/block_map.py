@@ -45,10 +45,16 @@ def centred_means(pooled_k: Float[Array, "b h nk d"], length: int, block_k: int)
     return pooled_k - jnp.sum(pooled_k * count, axis=2, keepdims=True) / length
 
 
-def block_scores(pooled_q: Float[Array, "b h nq d"], centred_k: Float[Array, "b h nk d"]) -> Float[Array, "b h nq nk"]:
-    """How much each query block has to do with each key block, float32."""
+def block_scores(
+    pooled_q: Float[Array, "b h nq d"], centred_k: Float[Array, "b h nk d"], *, in_parts: bool = False
+) -> Float[Array, "b h nq nk"]:
+    """How much each query block has to do with each key block, float32.
+
+    in_parts: three products of TF32 numbers, by the tensor cores of a GPU, with an error no larger than float32's own.
+    """
     # HIGHEST: a GPU would otherwise round the float32 operands to TF32, as coarse as float16.
-    return jnp.einsum("bhid,bhjd->bhij", pooled_q, centred_k, precision=lax.Precision.HIGHEST)
+    precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if in_parts else lax.Precision.HIGHEST
+    return jnp.einsum("bhid,bhjd->bhij", pooled_q, centred_k, precision=precision)
 
 
 def choose_blocks(

@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_kernels import _hopper_attention, _hopper_linear, _hopper_quantize
 from pallas_kernels._heads import heads_first
 from pallas_kernels._hopper_attention import value_max
+from pallas_kernels._hopper_join_runs import join_runs, join_runs_kernel, join_runs_xla
 from pallas_kernels._quantize_qkv import (
     E4M3_MAX,
     quantize_query_key,
@@ -76,8 +77,10 @@ def test_the_sums_over_the_keys(feature_map):
     length, dim = 200, 64
     _, k, v = operands(length, dim)
     found = _hopper_linear.summarize_keys(k, v, length, feature_map, interpret=True)
-    products, f_sum, k_sum, k_sums, v_max = jax.block_until_ready(found)
-    assert v_max is None
+    jax.block_until_ready(found)
+    products, f_sum, k_sum = (x.sum(axis=1) for x in found[:3])
+    k_sums = found.k_sums[:, : -(-length // _hopper_linear.BLOCK)]
+    assert found.v_max is None
     assert not interpret_pallas_call.get_races().races_found
     k, v = (heads_first(x).astype(jnp.float32) for x in (k, v))
     f = np.asarray(FEATURE_MAPS[feature_map](k).astype(jnp.bfloat16), np.float64)
@@ -117,18 +120,56 @@ def test_the_largest_value_of_each_channel_comes_with_the_sums(monkeypatch, batc
     assert not interpret_pallas_call.get_races().races_found
     assert found.v_max is not None
     assert found.v_max.dtype == jnp.float32
-    np.testing.assert_array_equal(found.v_max, np.abs(np.asarray(heads_first(v), np.float32)).max(axis=1))
-    np.testing.assert_array_equal(scale_of_largest(found.v_max), value_scale(heads_first(v)))
+    largest = found.v_max.max(axis=1)
+    np.testing.assert_array_equal(largest, np.abs(np.asarray(heads_first(v), np.float32)).max(axis=1))
+    np.testing.assert_array_equal(scale_of_largest(largest), value_scale(heads_first(v)))
     without = _hopper_linear.summarize_keys(k, v, length, "softmax", interpret=True)
     jax.tree.map(np.testing.assert_array_equal, found[:3], without[:3])
 
 
-def test_known_maxima_of_the_values_give_the_same_operands():
+def test_what_the_pass_over_the_keys_found_gives_the_same_operands():
+    """But for the mean key, a sum in another order: some integers are the neighbouring ones."""
     q, k, v = operands(136, 64)
     sizes = {"block_q": 64, "block_k": 128, "scale": 1.0, "smooth_k": True, "interpret": True}
-    v_max = jnp.abs(v).max(axis=1).astype(jnp.float32).reshape(-1, 64)
-    found, want = (_hopper_attention.sage_operands(q, k, v, v_max=known, **sizes) for known in (v_max, None))
-    jax.tree.map(np.testing.assert_array_equal, found, want)
+    runs = _hopper_linear.summarize_keys(k, v, 136, "softmax", v_max=True, interpret=True)
+    keys = join_runs(runs, jnp.zeros((64, 64), k.dtype), 136, 128, value_max(128), interpret=True)
+    (q8, q_scale, k8, k_scale, *values), want = (
+        _hopper_attention.sage_operands(q, k, v, keys=known, **sizes) for known in (keys, None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, (q8, q_scale, *values), (*want[:2], *want[4:]))
+    np.testing.assert_allclose(k_scale, want[3], rtol=1e-5)
+    steps = np.abs(np.asarray(k8, np.int32) - np.asarray(want[2], np.int32))
+    assert steps.max() <= 1
+    assert (steps > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("n", "length", "block_k", "run", "values"),
+    [(1, 1100, 128, 1, True), pytest.param(2, 333, 64, 2, False, marks=pytest.mark.slow)],
+)
+def test_runs_are_joined_to_what_attention_and_routing_read(n, length, block_k, run, values):
+    """The kernel against plain JAX, with garbage behind the last of the sums: float32 to the order of summation."""
+    dim, dtype = 128, jnp.bfloat16
+    count = -(-length // (run * _hopper_linear.BLOCK))
+    rng = np.random.default_rng(0)
+    shapes = ((dim, dim), (dim,), (dim,))
+    found = [jnp.asarray(rng.standard_normal((n, count, *shape)), jnp.float32) for shape in shapes]
+    sums = rng.standard_normal((n, count * run, dim)) * 64
+    sums[:, -(-length // _hopper_linear.BLOCK) :] = np.nan
+    v_max = (
+        jnp.asarray(np.abs(rng.standard_normal((n, count, dim))), jnp.float32).at[:, :, 3].set(0) if values else None
+    )
+    runs = _hopper_linear.KeyRuns(*found, jnp.asarray(sums, jnp.float32), v_max)
+    proj_w = jnp.asarray(rng.standard_normal((dim, dim)) / 8, dtype)
+    arguments = runs, proj_w, length, block_k, value_max(block_k)
+    got = jax.block_until_ready(join_runs_kernel(*arguments, interpret=True))
+    assert not interpret_pallas_call.get_races().races_found
+    want = join_runs_xla(*arguments)
+    # The product is rounded once to bfloat16.
+    np.testing.assert_allclose(*(np.asarray(x.combined, np.float32) for x in (got, want)), rtol=2**-7, atol=1e-5)
+    for name in ("f_sum", "centred", "mean"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, got[-2:], want[-2:])
 
 
 @pytest.mark.parametrize("keys", sorted({block_k for _, block_k in BLOCKS}))
