@@ -3,6 +3,8 @@ kernel in `_hopper_attention_kernel`."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -48,8 +50,20 @@ def value_max(keys: int) -> float:
     return 112.0 / keys
 
 
-def sage_operands(q, k, v, *, scale, block_q, block_k, smooth_k, interpret, queries=None, keys=None):
-    """What `hopper_attention` reads for dense attention, from q, k, v [b, l, h, d].
+class Operands(NamedTuple):
+    """What `hopper_attention` reads, as it says. None: there is none in 16 bits, or of attention to all keys."""
+
+    q: jax.Array
+    q_scale: Any
+    k: jax.Array
+    k_scale: Any
+    v: jax.Array
+    v_scale: Any
+    index: Any
+
+
+def sage_operands(q, k, v, *, scale, block_q, block_k, smooth_k, interpret, queries=None, keys=None) -> Operands:
+    """For dense attention in INT8 and FP8, from q, k, v [b, l, h, d].
 
     queries: what it reads of q, INT8 and scales, where that is made already; q is not read then.
     keys: KeyOperands, where the mean key, which is subtracted then, and the scales of v are known.
@@ -69,20 +83,20 @@ def sage_operands(q, k, v, *, scale, block_q, block_k, smooth_k, interpret, quer
         queries = q8, jnp.repeat(q_scale, block_q // hw.ROWS, axis=1) * (scale * hw.LOG2E)
     k8, k_scale = quantize.quantize_rows(k, mean, lk, key_rows, block_k, interpret=interpret)
     vt8 = quantize.quantize_values(v, v_inverse, key_rows, interpret=interpret)
-    return *queries, k8, k_scale, vt8, v_scale, None
+    q8, q_scale = queries
+    return Operands(q8, q_scale, k8, k_scale, vt8, v_scale, None)
 
 
-def over_lists(operands, index, k_scale, block_q):
+def over_lists(operands: Operands, index, k_scale, block_q) -> Operands:
     """The operands of dense attention for attention over lists: index int32 [b, h, nq, n], each list `tail_first`, and
     k_scale [b, h, nq, n] of its blocks, or None in 16 bits."""
     b, h, _, selected = index.shape
-    q8, q_scale, k8, _, v, v_scale, _ = operands
-    lists = -(-q8.shape[1] // TILE_Q) * TILE_Q // block_q
+    lists = -(-operands.q.shape[1] // TILE_Q) * TILE_Q // block_q
 
     def whole_tiles(x):
         return None if x is None else _pad_axis(x.reshape(b * h, -1, selected), 1, lists)
 
-    return q8, q_scale, k8, whole_tiles(k_scale), v, v_scale, whole_tiles(index)
+    return operands._replace(k_scale=whole_tiles(k_scale), index=whole_tiles(index))
 
 
 def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, interpret):
@@ -93,15 +107,15 @@ def sage_forward(q, k, v, block_index, *, scale, block_q, block_k, smooth_k, int
     sizes = {"block_q": block_q, "block_k": block_k}
     operands = sage_operands(q, k, v, scale=scale, smooth_k=smooth_k, interpret=interpret, **sizes)
     if block_index is not None:
-        k_scale = operands[3]
-        index = tail_first(block_index, k_scale.shape[1])
-        operands = over_lists(operands, index, listed(k_scale, index), block_q)
+        index = tail_first(block_index, operands.k_scale.shape[1])
+        operands = over_lists(operands, index, listed(operands.k_scale, index), block_q)
     return attend(operands, q, k, block_q, block_k, None, interpret)[:2]
 
 
-def sparse_operands(q, k, v, index, block_q):
-    """What `hopper_attention` reads for 16-bit attention over lists: q, k, v [b, l, h, d]; index as of `over_lists`."""
-    return over_lists((whole_rows(q), None, whole_rows(k), None, whole_rows(v), None, None), index, None, block_q)
+def sparse_operands(q, k, v, index, block_q) -> Operands:
+    """For 16-bit attention over lists: q, k, v [b, l, h, d]; index as of `over_lists`."""
+    dense = Operands(whole_rows(q), None, whole_rows(k), None, whole_rows(v), None, None)
+    return over_lists(dense, index, None, block_q)
 
 
 def sparse_forward(q, k, v, block_index, *, scale, block_q, block_k, interpret):

@@ -74,7 +74,7 @@ def sla_forward(
             q, k, v, scale=scale, block_q=block_q, block_k=block_k, smooth_k=True, keys=keys,
             queries=None if rotary is None else (queries.q8, queries.q8_scale), interpret=interpret,
         )  # fmt: skip
-        index, k_scale = route(sums_q, centred_k, topk, dense[3], interpret=interpret)
+        index, k_scale = route(sums_q, centred_k, topk, dense.k_scale, interpret=interpret)
         operands = over_lists(dense, index, k_scale, block_q)
     else:
         index, _ = route(sums_q, centred_k, topk, interpret=interpret)

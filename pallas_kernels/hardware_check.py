@@ -295,8 +295,8 @@ def bench_cases(length: int, heads: int, dim: int, topk: float) -> dict[str, Cal
             dense = hopper.sage_operands(q, k, v, scale=scale, smooth_k=True, interpret=False, **sizes)
             if i is None:
                 return dense
-            lists = hopper.tail_first(i, dense[3].shape[1])
-            return hopper.over_lists(dense, lists, hopper.listed(dense[3], lists), blocks[0])
+            lists = hopper.tail_first(i, dense.k_scale.shape[1])
+            return hopper.over_lists(dense, lists, hopper.listed(dense.k_scale, lists), blocks[0])
 
         return jax.jit(make)(q, k, v)
 

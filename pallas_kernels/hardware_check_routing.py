@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._hopper_top_blocks import listed, top_blocks
@@ -33,12 +34,13 @@ def checks() -> list[RoutingCheck]:
 def run_check(check: RoutingCheck) -> dict:
     scores = jax.random.normal(jax.random.key(check.width), (check.rows, check.width))
     if check.ties:
-        scores = jax.numpy.round(scores) + 0.0  # no negative zeros: sorting puts them below the others
+        scores = jnp.round(scores) + 0.0  # no negative zeros: sorting puts them below the others
     scales = jax.random.normal(jax.random.key(1), (1 if check.rows % 3 else 3, check.width))
     found, scale = jax.jit(lambda x, s: top_blocks(x, check.k, s, interpret=False))(scores, scales)
     alone, _ = jax.jit(lambda x: top_blocks(x, check.k, interpret=False))(scores)
     want = -np.sort(-np.asarray(jax.lax.top_k(scores, check.k)[1]), axis=1)
     unequal = [
-        int((np.asarray(a) != b).sum()) for a, b in ((found, want), (alone, want), (scale, listed(scales, want)))
+        int((np.asarray(a) != b).sum())
+        for a, b in ((found, want), (alone, want), (scale, listed(scales, jnp.asarray(want))))
     ]
     return {"unequal": unequal, "ok": not any(unequal)}

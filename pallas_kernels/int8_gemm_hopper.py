@@ -106,14 +106,14 @@ def hopper_gemm(
     # Vectors cover whole tiles: loads into registers are not clipped.
     columns = (0, padded_n - n)
     operands = {"x": x, "weight": weight, "bias": jnp.pad(bias, columns)}
-    if ahead:
+    if x_amax is None:
+        operands["x_scale"] = x_scale
+    elif ahead:
         operands["x_amax"] = jnp.pad(x_amax, padding[0])
     else:
-        if x_amax is not None:
-            amax = jnp.maximum(jnp.pad(x_amax, padding[0]), AMAX_FLOOR)
-            x_scale = amax / INT8_MAX_TOKEN
-            operands["x"] = rounded_to_int8(x.astype(jnp.float32) * (INT8_MAX_TOKEN / amax)[:, None])
-        operands["x_scale"] = x_scale
+        amax = jnp.maximum(jnp.pad(x_amax, padding[0]), AMAX_FLOOR)
+        operands["x_scale"] = amax / INT8_MAX_TOKEN
+        operands["x"] = rounded_to_int8(x.astype(jnp.float32) * (INT8_MAX_TOKEN / amax)[:, None])
     operands |= {"weight_scale": weight_scale} if blocks else {"column_scale": jnp.pad(column_scale, columns)}
     if residual is not None:
         operands["residual"] = residual
