@@ -18,4 +18,6 @@ from pallas_kernels.quantize import (
 from pallas_kernels.rms_norm_rope import rms_norm_rope as rms_norm_rope
 from pallas_kernels.sage_attention import sage_attention as sage_attention
 from pallas_kernels.sparse_linear_attention import sparse_linear_attention as sparse_linear_attention
+from pallas_kernels.text_attention import TextColumns as TextColumns
 from pallas_kernels.text_attention import text_attention as text_attention
+from pallas_kernels.text_attention import text_columns as text_columns
