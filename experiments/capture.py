@@ -125,7 +125,8 @@ def _layers(
 
     def layer(x: Array, layer_state: PyTree) -> tuple[Array, PyTree]:
         block = nnx.merge(block_graph, layer_state)
-        return block(x, time6, text, rope, attention), measure(*query_key_value(block, x, time6, rope))
+        measured = measure(*query_key_value(block, x, time6, rope))
+        return block(x, time6, block.cross_attn.keys(text), rope, attention), measured
 
     return jax.lax.scan(layer, tokens, layers)[1]
 

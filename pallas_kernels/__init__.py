@@ -22,4 +22,6 @@ from pallas_kernels.rotary import turned as turned
 from pallas_kernels.sage_attention import sage_attention as sage_attention
 from pallas_kernels.sparse_linear_attention import rotates_queries as rotates_queries
 from pallas_kernels.sparse_linear_attention import sparse_linear_attention as sparse_linear_attention
+from pallas_kernels.text_attention import TextColumns as TextColumns
 from pallas_kernels.text_attention import text_attention as text_attention
+from pallas_kernels.text_attention import text_columns as text_columns

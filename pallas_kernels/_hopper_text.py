@@ -47,15 +47,27 @@ def column_weights(keys: int, last_count: int) -> np.ndarray:
     return np.asarray(weights + [0] * (-len(weights) % COLUMN_STEP), np.float32)
 
 
-def text_forward(q, k, v, q_factor, *, scale, last_count, amax, interpret):
+def text_columns(k, v, last_count):
+    """k, v [b, s, h, d] -> (keys [b, w, h, d], values [b, h, d + SUM_ROWS, w]): what there is of each column.
+
+    values: w V transposed, and SUM_ROWS times w under it.
+    """
+    b, keys, heads, _ = k.shape
+    weight = jnp.asarray(column_weights(keys, last_count), v.dtype)
+    width = len(weight)
+    k, v = (jnp.pad(x, ((0, 0), (0, width - keys), (0, 0), (0, 0)), mode="edge") for x in (k, v))
+    values = jnp.transpose(v * weight[:, None, None], (0, 2, 3, 1))
+    return k, jnp.concatenate([values, jnp.broadcast_to(weight, (b, heads, SUM_ROWS, width))], axis=2)
+
+
+def text_forward(q, keys, values, q_factor, *, scale, amax, interpret):
     """(o [b, l, h, d] in q's dtype, max |o| of each head and row float32 [b, h, l] or None).
 
-    q, k, v in bfloat16, d = 128; q_factor float32 [b, l] or None: see `text_attention`. scale: of the softmax.
+    q in bfloat16, d = 128; keys and values: `text_columns`; q_factor float32 [b, l] or None: see `text_attention`.
+    scale: of the softmax.
     """
     b, length, heads, dim = q.shape
-    n = b * heads
-    weight = jnp.asarray(column_weights(k.shape[1], last_count), v.dtype)
-    width = len(weight)
+    n, width = b * heads, keys.shape[1]
     q = whole_rows(q)
     tiles = pl.cdiv(q.shape[1], hw.ROWS)
     # The card is filled once: each block has its core to itself. The interpreter has one of a head walk all tiles.
@@ -63,11 +75,7 @@ def text_forward(q, k, v, q_factor, *, scale, last_count, amax, interpret):
     run_tiles = pl.cdiv(tiles, blocks * WARPGROUPS)
     slots = ring_slots(width, dim)
 
-    columns = ((0, 0), (0, width - k.shape[1]), (0, 0), (0, 0))
-    k, v = (jnp.pad(x, columns, mode="edge") for x in (k, v))
-    values = jnp.transpose(v * weight[:, None, None], (0, 2, 3, 1)).reshape(n, dim, width)
-    values = jnp.concatenate([values, jnp.broadcast_to(weight, (n, SUM_ROWS, width))], axis=1)
-    inputs = {"q": q, "k": k, "v": values}
+    inputs = {"q": q, "k": keys, "v": values.reshape(n, dim + SUM_ROWS, width)}
     if q_factor is not None:
         # Loads into registers are not clipped.
         inputs["factor"] = jnp.pad(q_factor * (scale * hw.LOG2E), ((0, 0), (0, tiles * hw.ROWS - length)))
@@ -122,8 +130,8 @@ def text_forward(q, k, v, q_factor, *, scale, last_count, amax, interpret):
     if amax:
         outputs["amax"] = jax.ShapeDtypeStruct((n, tiles * hw.ROWS), jnp.float32)
     scratch = {
-        "k_smem": plgpu.SMEM((width, dim), k.dtype),
-        "v_smem": plgpu.SMEM((dim + SUM_ROWS, width), v.dtype),
+        "k_smem": plgpu.SMEM((width, dim), keys.dtype),
+        "v_smem": plgpu.SMEM((dim + SUM_ROWS, width), values.dtype),
         "tile_smem": plgpu.SMEM((WARPGROUPS * slots, hw.ROWS, dim), q.dtype),
         "keys_full": plgpu.Barrier(num_arrivals=2),
         "full": plgpu.Barrier(num_barriers=WARPGROUPS * slots),

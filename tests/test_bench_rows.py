@@ -48,6 +48,17 @@ def test_a_folded_prompt_is_the_padded_one(guided):
     assert float(jnp.linalg.norm(folded - whole) / jnp.linalg.norm(whole)) < 1e-5
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_keys_of_the_text_are_made_once_for_all_steps(guided):
+    """Outside of every loop."""
+    graphdef, state = nnx.split(small_pipeline.module(SMALL.dit, "dit"))
+    noise, *step_noise = np.zeros((5, *latent_shape(SMALL, SMALL.size, SMALL.frames)), np.float32)
+    run = sampler(SMALL, graphdef, AttentionConfig("dense"), guided, False)
+    program = jax.make_jaxpr(run)((state,), noise, np.stack(step_noise), padded_text(SMALL, 120), None)
+    assert [step.params.get("name") for step in program.eqns].count("_text_keys") == 1
+    assert str(program).count("name=_text_keys") == 1
+
+
 def test_rungs_are_given_the_rows_that_are_asked_for_and_the_baseline_all(monkeypatch):
     monkeypatch.setitem(bench_rows.PRESETS, "small", SMALL)
     monkeypatch.setattr(bench_rows, "random_dit", lambda *_: (None, None))

@@ -189,6 +189,23 @@ def test_rcm_changes_experts_at_the_boundary():
     assert_same_picture(pipe.generate(PROMPT, **options).frames, by_hand(pipe, PROMPT, 0, **options))
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("options", [{}, {"sampler": "rcm-sde", "steps": 4}])
+def test_each_expert_makes_its_keys_of_the_text_once(options, offload):
+    """Ahead of all of its steps, outside of every loop, of prompt and negative prompt together."""
+    pipe = small_pipeline.pipeline(boundary=0.9)
+    settings = resolve(pipe.spec, **options)
+    graphs, states = zip(*map(nnx.split, (pipe.dit, pipe.dit_low)), strict=True)
+    noises = draw_noise([1], pipe._latent_shape(settings), settings)
+    text = jax.ShapeDtypeStruct((1, 8, small_pipeline.DIT.text_dim), jnp.float32)
+    static = {"graphdefs": graphs, "settings": settings, "tick": None, "offload": offload}
+    program = jax.make_jaxpr(partial(denoise, **static))(states, text, text, None, *noises)
+    made = [step.params["jaxpr"] for step in program.eqns if step.params.get("name") == "_text_keys"]
+    k_shapes = [keys.out_avals[0].shape for keys in made]
+    assert k_shapes == [(2, 2, 8, 2, 16)] * 2
+    assert str(program).count("_text_keys") == str(program).count("name=_text_keys") == 2
+
+
 @pytest.mark.parametrize("options", [{}, {"sampler": "rcm-sde", "quant": "w8a8"}])
 def test_experts_that_wait_in_host_memory_make_the_same_clip(options, tmp_path):
     pipe = small_pipeline.pipeline(boundary=0.8, guidance=(3.0, 1.5))

@@ -155,14 +155,15 @@ def sampler(preset: Preset, graphdef: Any, attention: AttentionConfig, guided: b
     condition). Of context the first rows may be given: the last one counts for those up to text_len."""
 
     def velocities(states: tuple[Any, ...], context: jax.Array, condition: jax.Array | None) -> list[Callable]:
+        """Of every expert, for as many samples as rows of context."""
+
         def velocity(state: Any) -> Callable:
             dit = nnx.merge(graphdef, state)
+            keys = dit.text_keys(context, last_count=preset.text_len - context.shape[1] + 1)
 
             def at(x: jax.Array, s: Any) -> jax.Array:
                 inputs = x if condition is None else jnp.concatenate([x, jnp.repeat(condition, len(x), 0)], axis=-1)
-                timestep = jnp.full(len(x), 1000.0 * s, jnp.float32)
-                texts, last_count = jnp.repeat(context, len(x), 0), preset.text_len - context.shape[1] + 1
-                return dit(inputs, timestep, texts, attention=attention, last_count=last_count)
+                return dit(inputs, jnp.full(len(x), 1000.0 * s, jnp.float32), keys, attention=attention)
 
             return at
 
@@ -178,8 +179,9 @@ def sampler(preset: Preset, graphdef: Any, attention: AttentionConfig, guided: b
         return rcm.sample(velocity, noise, step_noise, num_steps=4, sigma_max=preset.sigma_max)
 
     def many(states, noise, step_noise, context, condition):
-        guide = flow.guided(velocities(states, context, condition)[0], preset.guidance[0])
-        return flow.unipc(guide, noise, num_steps=TIMED_STEPS, shift=preset.shift)
+        # One text for both samples costs as much as two: the prompt and the empty one.
+        (dit,) = velocities(states, jnp.repeat(context, 2, 0), condition)
+        return flow.unipc(flow.guided(dit, preset.guidance[0]), noise, num_steps=TIMED_STEPS, shift=preset.shift)
 
     return many if guided else few
 

@@ -121,12 +121,14 @@ def _velocity(
     if guidance != 1.0 and negative is not None:
         is_guided, texts = True, jnp.concatenate([context, negative])
         picture = None if condition is None else jnp.concatenate([condition, condition])
+    # Once for all steps: they depend on the text alone.
+    keys = dit.text_keys(texts, last_count=last_count)
     options = {"attention": settings.attention, "round_timestep": settings.round_timestep}
 
     def velocity(x: Array, s: Any) -> Array:
         inputs = x if picture is None else jnp.concatenate([x, picture], axis=-1)
         timestep = jnp.full(len(inputs), 1000.0 * s, jnp.float32)
-        return dit(inputs, timestep, texts, last_count=last_count, **options)
+        return dit(inputs, timestep, keys, **options)
 
     return flow.guided(velocity, guidance) if is_guided else velocity
 

@@ -9,7 +9,7 @@ import pytest
 from attention_reference import attention, relative
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-from pallas_kernels import _attention_xla, _hopper_text, text_attention
+from pallas_kernels import TextColumns, _attention_xla, _hopper_text, text_attention, text_columns
 from pallas_kernels._attention_xla import default_scale
 from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.text_attention import _written_out as written_out_path
@@ -87,7 +87,8 @@ def test_slots_are_filled_again_when_their_output_was_stored(monkeypatch):
     monkeypatch.setattr(_hopper_text, "SLOTS", 2)
     q, k, v, factor = operands("gaussian", (1, 456, 1, 8, 3))
     scale = default_scale(128)
-    got, amax = _hopper_text.text_forward(q, k, v, factor, scale=scale, last_count=3, amax=False, interpret=True)
+    columns = _hopper_text.text_columns(k, v, 3)
+    got, amax = _hopper_text.text_forward(q, *columns, factor, scale=scale, amax=False, interpret=True)
     jax.block_until_ready(got)
     assert amax is None
     assert not interpret_pallas_call.get_races().races_found
@@ -202,6 +203,64 @@ def test_the_kernel_has_the_derivatives_of_xla(with_factor):
     got, want = (jax.grad(total, argnums=(1, 2, 3))(name, q, k, v) for name in ("interpret", "xla"))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32))
+
+
+@pytest.mark.parametrize("implementation", ["interpret", None])
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_columns_made_ahead_change_nothing(implementation, with_factor):
+    """Neither the numbers nor the derivatives, in both modes."""
+    q, k, v, factor = operands("gaussian", (2, 72, 1, 56, 457))
+    columns = text_columns(k, v, last_count=457)
+    assert columns is not None
+    assert columns.keys.shape == (2, 64, 1, 128)
+
+    def run(q, k, v, columns):
+        options = {"last_count": 457, "return_amax": True, "implementation": implementation}
+        return text_attention(q, k, v, q_factor=factor if with_factor else None, columns=columns, **options)
+
+    def total(q, k, v, columns):
+        return jnp.sum(run(q, k, v, columns)[0].astype(jnp.float32))
+
+    def along(columns):
+        return jax.jvp(lambda q, k, v: total(q, k, v, columns), (q, k, v), (q, k, v))[1]
+
+    gradient = jax.grad(total, argnums=(0, 1, 2))
+    same = zip(run(q, k, v, columns), run(q, k, v, None), strict=True)
+    same = [*same, *zip(gradient(q, k, v, columns), gradient(q, k, v, None), strict=True)]
+    for got, want in [*same, (along(columns), along(None))]:
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+def test_columns_have_no_derivative_of_their_own():
+    """They may be made inside of what is differentiated: k and v say it all."""
+    q, k, v, _ = operands("gaussian", (1, 8, 1, 4, 5))
+
+    def total(k, v, made):
+        columns = text_columns(k, v, last_count=5) if made else None
+        return jnp.sum(text_attention(q, k, v, last_count=5, columns=columns).astype(jnp.float32))
+
+    got, want = (jax.grad(total, argnums=(0, 1))(k, v, made) for made in (True, False))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32))
+
+
+def test_there_are_no_columns_without_a_kernel_to_take_them():
+    _, k, v, _ = operands("gaussian", (1, 8, 1, 4, 5))
+    assert text_columns(k.astype(jnp.float32), v.astype(jnp.float32), last_count=5) is None
+    assert text_columns(k[..., :64], v[..., :64], last_count=5) is None
+    with compiling_for((8, 9)):
+        assert text_columns(k, v, last_count=5) is None
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_columns_of_another_text_are_refused():
+    q, k, v, _ = operands("gaussian", (2, 8, 2, 64, 1))
+    columns = text_columns(k, v)
+    for wrong in (TextColumns(*(x[:1] for x in columns)), TextColumns(*(x[:, :1] for x in columns)), columns[::-1]):
+        with pytest.raises(ValueError, match="make them by text_columns"):
+            text_attention(q, k, v, columns=TextColumns(*wrong))
+    with pytest.raises(ValueError, match="last key 3 times"):
+        text_attention(q, k, v, columns=columns, last_count=3)
 
 
 @pytest.mark.usefixtures("unchecked")
