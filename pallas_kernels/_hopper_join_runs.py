@@ -26,8 +26,8 @@ from pallas_kernels.block_map import block_counts
 WIDTH = 128
 """Columns of a head, one a thread."""
 SLAB = 4
-AHEAD = 8
-"""Runs that are loaded at a time, and rows of a matrix that a vector is multiplied by."""
+AHEAD = 32
+"""Vectors that are loaded at a time: a block has nothing else to do while it waits."""
 
 
 class KeyOperands(NamedTuple):
@@ -95,17 +95,18 @@ def join_runs_kernel(runs, proj_w, length, block_k, value_max, *, interpret: boo
         def over_runs(sources, join, start):
             """For each of `sources`, which gives the vector of a run, all of them joined."""
 
+            at_once = AHEAD // len(sources)
+
             def some(group, carry):
-                found = [
-                    [source(jnp.minimum(group * AHEAD + i, count - 1)) for source in sources] for i in range(AHEAD)
-                ]
-                for i, vectors in enumerate(found):
-                    inside = group * AHEAD + i < count
+                places = [group * at_once + i for i in range(at_once)]
+                found = [[source(jnp.minimum(run, count - 1)) for source in sources] for run in places]
+                for run, vectors in zip(places, found, strict=True):
+                    inside = run < count
                     carry = [join(old, jnp.where(inside, new, start)) for old, new in zip(carry, vectors, strict=True)]
                 return carry
 
             zero = plgpu.layout_cast(jnp.full((dim,), start, jnp.float32), plgpu.Layout.WG_STRIDED((dim,), vec_size=1))
-            return lax.fori_loop(0, pl.cdiv(count, AHEAD), some, [zero] * len(sources))
+            return lax.fori_loop(0, pl.cdiv(count, at_once), some, [zero] * len(sources))
 
         def times(matrix, rows):
             """Rows in shared memory times a matrix in memory."""
