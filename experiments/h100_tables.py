@@ -32,9 +32,8 @@ ROWS = """
 
 Seconds of the DiT alone, 4 steps at top-k 0.1, whole sampler in one program; image to video with two distinct experts
 on the card. "sagesla" is in blocks of 64x128, as TurboDiffusion has it on this GPU. The baseline is ours: dense bf16
-(cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed, sessions
-before the other columns, and scaled to 50. "Memory" is arguments plus temporaries of the fastest program, as the
-compiler counts them.{text}
+(cuDNN attention), 50 UniPC steps with guidance, condition and unconditional in one batch; 2 steps were timed, and
+scaled to 50. "Memory" is arguments plus temporaries of the fastest program, as the compiler counts them.{text}
 
 | row | baseline, 50 steps | {rungs} | best speed-up | memory |
 |---|---|{rules}|---|---|
@@ -71,8 +70,9 @@ CHECKS = """
 
 On the card, against float32 references: {attention} cases of attention and sparse-linear attention (every block size,
 lengths from 1 to 200,000, outliers, zeros, logits of 1e4, and the portable kernels as built for sm_80, sm_89 and
-sm_90), {text} of attention to a text, {gradients} of gradients, {linear} of the linear kernels. {failed} Largest
-relative error of INT8 attention {int8:.3f}, of 16-bit attention {bf16:.4f}, of a gradient {gradient:.4f}.
+sm_90), {text} of attention to a text, {queries} of queries normed, turned and rounded in one pass, {routing} of lists
+of blocks, {gradients} of gradients, {linear} of the linear kernels. {failed} Largest relative error of INT8 attention
+{int8:.3f}, of 16-bit attention {bf16:.4f}, of a gradient {gradient:.4f}.
 """
 ATTENTION = """
 ## Attention
@@ -91,6 +91,14 @@ output of each token are included, which cuDNN's attention to all of the padding
 
 | op | ms | against cuDNN |
 |---|---|---|
+"""
+QUERIES = """
+## Queries
+
+Milliseconds of what stands between q's product and attention, same shape: RMSNorm, rotation, sums over blocks and INT8.
+
+| op | ms |
+|---|---|
 """
 LINEAR = """
 ## W8A8 products
@@ -119,8 +127,9 @@ def rows_table(data: dict[str, Any]) -> str:
     folded = {row["text_rows"] for row in data["rows"] if row.get("text_rows", 512) < 512}
     text = FOLDED.format(tokens=max(folded) - 1) if folded else ""
     lines = [ROWS.format(rungs=" | ".join(rungs), rules="|".join(["---"] * len(rungs)), text=text)]
+    columns = ("baseline", *rungs)
     marks, below = footnotes(
-        {row[rung]["note"] for row in data["rows"] for rung in rungs if "note" in row.get(rung, {})}
+        {row[column]["note"] for row in data["rows"] for column in columns if "note" in row.get(column, {})}
     )
     for row in data["rows"]:
         times = {rung: row[rung]["median"] for rung in rungs if "median" in row.get(rung, {})}
@@ -128,9 +137,15 @@ def rows_table(data: dict[str, Any]) -> str:
         whole = row.get("baseline", {}).get("scaled_to_50_steps")
         memory = (row[best]["argument_bytes"] + row[best]["temporary_bytes"]) / 2**30
         cells = " | ".join(f"{times[r]:.2f}{marks[row[r].get('note')]}" if r in times else "-" for r in rungs)
-        baseline, speedup = (f"{whole:.0f}", f"{whole / times[best]:.0f}x") if whole else ("-", "-")
+        baseline, speedup = "-", "-"
+        if whole:
+            baseline, speedup = f"{whole:.0f}{marks[row['baseline'].get('note')]}", f"{whole / times[best]:.0f}x"
         lines.append(f"| {row['row']} | {baseline} | {cells} | {speedup} | {memory:.1f} GiB |\n")
     return "".join(lines) + below
+
+
+# Rows of attention.json that have a table of their own.
+APART = ("text ", "queries ")
 
 
 def attention_table(data: dict[str, Any]) -> str:
@@ -138,7 +153,7 @@ def attention_table(data: dict[str, Any]) -> str:
     marks, below = footnotes({r["note"] for r in data["rows"] if "note" in r})
     lines = [ATTENTION]
     for row in data["rows"]:
-        if row["name"].startswith("text "):
+        if row["name"].startswith(APART):
             continue
         # Beside cuDNN of its own run, where that is another one.
         ratio = row.get("cudnn_ms", cudnn) / row["ms"]
@@ -154,6 +169,13 @@ def text_table(data: dict[str, Any]) -> str:
         return ""
     ratios = {name: f"{whole / ms:.1f}x" if whole else "-" for name, ms in times.items()}
     return TEXT + "".join(f"| {name} | {ms:.3f} | {ratios[name]} |\n" for name, ms in times.items())
+
+
+def queries_table(data: dict[str, Any]) -> str:
+    """What stands between q's product and attention; nothing where it was not measured."""
+    rows = [row for row in data["rows"] if row["name"].startswith("queries ")]
+    lines = [f"| {row['name'].removeprefix('queries ')} | {row['ms']:.3f} |\n" for row in rows]
+    return QUERIES + "".join(lines) if lines else ""
 
 
 def backward_table(data: dict[str, Any]) -> str:
@@ -185,7 +207,7 @@ def profile_tables(data: dict[str, Any]) -> str:
 
 
 def checks_text(data: dict[str, Any]) -> str:
-    parts = {name: data[name] for name in ("attention", "text", "gradients", "linear")}
+    parts = {name: data[name] for name in ("attention", "text", "queries", "routing", "gradients", "linear")}
     failed = [row["name"] for rows in parts.values() for row in rows if not row["ok"]]
 
     def largest(kinds: tuple[str, ...]) -> float:
@@ -221,6 +243,7 @@ def main() -> None:
         rows_table(rows),
         attention_table(read("attention")),
         text_table(read("attention")),
+        queries_table(read("attention")),
         backward_table(read("backward")),
     ]
     parts += [linear_table(read("linear")), ends_table(read("ends")), checks_text(read("checks"))]

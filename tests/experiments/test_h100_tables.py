@@ -1,6 +1,6 @@
 """The tables of docs/h100.md: what is measured against what, and nothing said of what was not measured."""
 
-from experiments.h100_tables import attention_table, rows_table, text_table
+from experiments.h100_tables import attention_table, queries_table, rows_table, text_table
 
 ATTENTION = [{"name": "cudnn bf16", "ms": 10.0}, {"name": "sage", "ms": 5.0}]
 TEXT = [{"name": "text attention 120 keys", "ms": 0.1}, {"name": "text cudnn bf16 512 keys", "ms": 0.4}]
@@ -13,6 +13,21 @@ def test_text_attention_stands_apart_beside_its_own_rival():
     assert "| text attention 120 keys | 0.100 | 4.0x |" in text_table(both)
     assert text_table({"rows": ATTENTION}) == ""
     assert "| text attention 120 keys | 0.100 | - |" in text_table({"rows": TEXT[:1]})
+
+
+def test_queries_stand_apart_too():
+    both = {"rows": [{"name": "queries sums", "ms": 0.041}, *ATTENTION]}
+    assert attention_table(both) == attention_table({"rows": ATTENTION})
+    assert "| sums | 0.041 |" in queries_table(both)
+    assert queries_table({"rows": ATTENTION}) == ""
+
+
+def test_a_baseline_of_another_time_is_marked():
+    rung = {"median": 1.0, "argument_bytes": 1, "temporary_bytes": 1}
+    baseline = {"scaled_to_50_steps": 100.0, "note": "of an earlier session"}
+    table = rows_table({"rows": [{"row": "small", "baseline": baseline, "sla": rung}]})
+    assert "| 100 \\* | 1.00 | 100x |" in table
+    assert "\\* of an earlier session." in table
 
 
 def test_folded_prompts_are_told_where_they_were_measured():
