@@ -45,8 +45,8 @@ Rungs = dict[str, Callable[[], Any]]
 class NormsApart(QuantizedLinear):
     """A W8A8 layer whose input is normalised, written as floats, read again and quantised: three passes, not one."""
 
-    def modulated(self, x: Array, shift: Array, scale: Array, eps: float) -> Any:
-        return jax.lax.optimization_barrier(Linear.modulated(self, x, shift, scale, eps))  # pyright: ignore
+    def modulated(self, x: Array, shift: Array, scale: Array, eps: float, affine: bool = False) -> Any:
+        return jax.lax.optimization_barrier(Linear.modulated(self, x, shift, scale, eps, affine))  # pyright: ignore
 
 
 def norms_apart(pipeline: Pipeline) -> Pipeline:
