@@ -11,9 +11,8 @@ In PTX: Mosaic GPU has no arrays that belong to a warp.
 from __future__ import annotations
 
 import struct
-from typing import Any
 
-from pallas_kernels import _plgpu as plgpu
+from pallas_kernels._ptx import run_ptx
 from pallas_kernels.rounding import AMAX_FLOOR, INT8_MAX_TOKEN
 
 UNIT = 4
@@ -37,30 +36,13 @@ def round_rows(x, amax, integers, finished, *, tile: int):
     finished [ceil(m / tile)]: semaphores, one more for every UNIT rows of a tile.
     """
     m, k = x.shape
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4)
-    def emit(_: Any, *refs: Any):
-        from jax.experimental.mosaic.gpu import utils as mgpu_utils  # late: see _plgpu
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import llvm
-
-        i64 = ir.IntegerType.get_signless(64)
-        pointers = [llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref)) for ref in refs]
-        llvm.inline_asm(None, pointers, program(m, k, tile), "l,l,l,l", has_side_effects=True)
-
-    emit(x, amax, integers, finished)
+    run_ptx(program(m, k, tile), x, amax, integers, finished)
 
 
 def fence_before_tma():
     """Between semaphores that tell of rounded rows and TMA that reads them: it goes another way to the memory."""
 
-    @plgpu.inline_mgpu()
-    def fence(_: Any):
-        from jaxlib.mlir.dialects import llvm
-
-        llvm.inline_asm(None, [], "fence.proxy.async.global;", "", has_side_effects=True)
-
-    fence()
+    run_ptx("fence.proxy.async.global;")
 
 
 def program(m: int, k: int, tile: int) -> str:

@@ -11,14 +11,14 @@ H100, 23,640 rows of 1,182 (14B, 720p) at most 70.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels._ptx import run_ptx
 
 WARPS, LANES = 4, 32
 MOST = 128 * LANES
@@ -43,18 +43,8 @@ def top_blocks(
     outputs = [jax.ShapeDtypeStruct((rows, k), dtype) for dtype in (jnp.int32, jnp.float32)[: len(inputs)]]
     text = program(rows, width, k, None if scales is None else rows // scales.shape[0])
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2 * len(inputs))
-    def emit(_: Any, *refs: Any):
-        from jax.experimental.mosaic.gpu import utils as mgpu_utils
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import llvm
-
-        i64 = ir.IntegerType.get_signless(64)
-        pointers = [llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref)) for ref in refs]
-        llvm.inline_asm(None, pointers, text, ",".join("l" * len(refs)), has_side_effects=True)
-
     def body(*refs):
-        emit(*refs)
+        run_ptx(text, *refs)
 
     body.__name__ = "top_blocks"
     found, *scale = plgpu.kernel(body, out_type=tuple(outputs), grid=(pl.cdiv(rows, WARPS),), grid_names=("rows",))(
