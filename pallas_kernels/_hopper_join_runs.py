@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._hopper_linear import BLOCK, KeyRuns
+from pallas_kernels._hopper_linear import BLOCK, KeyRuns, sums_of_blocks
 from pallas_kernels._quantize_qkv import E4M3_MAX, hadamard, rotate, scale_of_largest
 from pallas_kernels.block_map import block_counts
 
@@ -55,9 +55,7 @@ def join_runs_xla(runs, proj_w, length, block_k, value_max) -> KeyOperands:
     highest = lax.Precision.HIGHEST
     combined = jnp.einsum("nde,oe->ndo", runs.products.sum(axis=1), proj_w.astype(jnp.float32), precision=highest)
     mean = runs.k_total.sum(axis=1) / length
-    blocks, per_block = -(-length // block_k), block_k // BLOCK
-    sums = jnp.pad(runs.k_sums[:, : -(-length // BLOCK)], ((0, 0), (0, -(-length // BLOCK) % per_block), (0, 0)))
-    sums = sums.reshape(len(mean), blocks, per_block, -1).sum(axis=2)
+    sums = sums_of_blocks(runs.k_sums[:, : -(-length // BLOCK)], block_k)
     centred = sums / block_counts(length, block_k)[:, None] - mean[:, None]
     v_scale = inverse = None
     if runs.v_max is not None:

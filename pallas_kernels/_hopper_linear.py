@@ -148,6 +148,13 @@ def summarize_keys(k, v, length, feature_map, *, v_max: bool = False, interpret)
     return KeyRuns(*found, *(() if v_max else (None,)))
 
 
+def sums_of_blocks(sums, block: int):
+    """[n, blocks, d]: over `block` rows each, a multiple of BLOCK, of sums [n, parts, d] over BLOCK rows each."""
+    n, parts, dim = sums.shape
+    per_block = block // BLOCK
+    return jnp.pad(sums, ((0, 0), (0, -parts % per_block), (0, 0))).reshape(n, -1, per_block, dim).sum(axis=2)
+
+
 def block_sums(x, *, interpret):
     """Sums over each BLOCK rows, float32 [b * h, blocks, d], of x [b, l, h, d] in 16 bits, l a multiple of 8.
 

@@ -31,7 +31,7 @@ from pallas_kernels._hopper_attention import (
     whole_rows,
 )
 from pallas_kernels._hopper_join_runs import join_runs
-from pallas_kernels._hopper_linear import BLOCK, block_sums, summarize_keys
+from pallas_kernels._hopper_linear import block_sums, summarize_keys, sums_of_blocks
 from pallas_kernels._hopper_rotate_queries import RotatedQueries, rotate_queries
 from pallas_kernels._hopper_top_blocks import MOST, listed, top_blocks
 from pallas_kernels.block_map import block_scores, num_selected
@@ -60,9 +60,7 @@ def sla_forward(
     runs = summarize_keys(whole_rows(k), whole_rows(v), length, feature_map, v_max=quantized, interpret=interpret)
     keys = join_runs(runs, proj_w.astype(q.dtype), length, block_k, value_max(block_k), interpret=interpret)
     # Sums of q in place of means: a row of scores keeps its order.
-    per_block = block_q // BLOCK
-    sums_q = jnp.pad(queries.sums, ((0, 0), (0, -queries.sums.shape[1] % per_block), (0, 0)))
-    sums_q = sums_q.reshape(b, h, -1, per_block, dim).sum(axis=3)
+    sums_q = sums_of_blocks(queries.sums, block_q).reshape(b, h, -1, dim)
     centred_k = keys.centred.reshape(b, h, -1, dim)
     linear = LinearBranch(
         q=queries.q if quantized else None,
