@@ -48,59 +48,42 @@ def compile_cases() -> list[Case]:
                 targets = _targets(shape, (block_q, block_k))
                 if targets:
                     cases.append(Case(name, sparse, (x, x, x, index), targets))
-    return cases + _fused_cases() + _rotary_cases() + _text_cases()
+    return cases + _fused_cases() + _text_cases()
 
 
 def _fused_cases() -> list[Case]:
-    """Sparse-linear attention, fused on Hopper alone: elsewhere it is the cases above beside XLA."""
-    variants = [(SHAPES[0], blocks, quantized, False) for blocks in BLOCKS for quantized in (True, False)]
-    variants.append((SHAPES[1], BLOCKS[0], False, False))
-    variants.append((SHAPES[0], BLOCKS[-1], True, True))
-    cases = []
-    for (tokens, heads, dim), (block_q, block_k), quantized, amax in variants:
-        op = functools.partial(
-            sparse_linear_attention,
-            topk=TOPK,
-            block_q=block_q,
-            block_k=block_k,
-            quantized=quantized,
-            return_amax=amax,
-            implementation="mosaic_gpu",
-        )
-        x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
-        projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
-        kind = "int8" if quantized else "bf16"
-        name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim}{' amax' if amax else ''}"
-        cases.append(Case(name, op, (x, x, x, *projection), ("h100",), kernels=3))
-    return cases
+    """Sparse-linear attention, fused on Hopper alone: elsewhere it is the cases above beside XLA. "amax": with the
+    largest outputs; "rotary": from queries as their product gave them."""
+    variants = [(SHAPES[0], blocks, quantized, "") for blocks in BLOCKS for quantized in (True, False)]
+    variants += [(SHAPES[1], BLOCKS[0], False, ""), (SHAPES[0], BLOCKS[-1], True, "amax")]
+    variants += [(shape, BLOCKS[-1], True, "rotary") for shape in SHAPES if shape != SHAPES[1]]
+    variants += [(SHAPES[0], BLOCKS[0], False, "rotary"), (SHAPES[3], BLOCKS[-1], False, "rotary")]
+    return [_fused_case(*variant) for variant in variants]
 
 
-def _rotary_cases() -> list[Case]:
-    """The same from queries as their product gave them."""
-    variants = [(shape, BLOCKS[-1], True) for shape in SHAPES if shape != SHAPES[1]]
-    variants += [(SHAPES[0], BLOCKS[0], False), (SHAPES[3], BLOCKS[-1], False)]
-    cases = []
-    for (tokens, heads, dim), (block_q, block_k), quantized in variants:
-        op = functools.partial(
-            sparse_linear_attention,
-            topk=TOPK,
-            block_q=block_q,
-            block_k=block_k,
-            quantized=quantized,
-            implementation="mosaic_gpu",
-        )
+def _fused_case(shape: tuple[int, int, int], blocks: tuple[int, int], quantized: bool, extra: str) -> Case:
+    (tokens, heads, dim), (block_q, block_k) = shape, blocks
+    op = functools.partial(
+        sparse_linear_attention,
+        topk=TOPK,
+        block_q=block_q,
+        block_k=block_k,
+        quantized=quantized,
+        return_amax=extra == "amax",
+        implementation="mosaic_gpu",
+    )
 
-        def run(*args, op=op):
-            return op(*args[:5], q_rotary=Rotary(*args[5:]))
+    def run(q, k, v, proj_w, proj_b, *rotary):
+        return op(q, k, v, proj_w, proj_b, q_rotary=Rotary(*rotary) if rotary else None)
 
-        x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
-        projection = (jax.ShapeDtypeStruct((dim, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16))
+    x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
+    args = [x, x, x, *(jax.ShapeDtypeStruct(part, jnp.bfloat16) for part in ((dim, dim), (dim,)))]
+    if extra == "rotary":
         parts = ((1, tokens), (heads * dim,), (tokens, dim // 2), (tokens, dim // 2))
-        rotary = (jax.ShapeDtypeStruct(part, jnp.float32) for part in parts)
-        kind = "int8" if quantized else "bf16"
-        name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim} rotary"
-        cases.append(Case(name, run, (x, x, x, *projection, *rotary), ("h100",), kernels=3))
-    return cases
+        args += [jax.ShapeDtypeStruct(part, jnp.float32) for part in parts]
+    kind = "int8" if quantized else "bf16"
+    name = f"sparse_linear_attention {kind} {block_q}x{block_k} {tokens}x{heads}x{dim} {extra}".rstrip()
+    return Case(name, run, args, ("h100",), kernels=3)
 
 
 def _text_cases() -> list[Case]:
