@@ -41,7 +41,7 @@ from pallas_kernels import _hopper as hw
 from pallas_kernels import _portable_mma as pm
 from pallas_kernels import _portable_quantize as quantize
 from pallas_kernels._heads import heads_first
-from pallas_kernels._hopper_attention import _pad_axis, tail_first
+from pallas_kernels._hopper_attention import _pad_axis, listed, tail_first
 from pallas_kernels._hopper_attention_kernel import LOG2_E4M3_MAX
 from pallas_kernels._quantize_qkv import quantize_value
 from pallas_kernels.dispatch import gpu_arch
@@ -102,7 +102,7 @@ def _forward(operands, q, k, blocks, scale, interpret):
     if index is not None:
         index = tail_first(index.reshape(n, *index.shape[2:]), key_blocks)
         if k_scale is not None:
-            k_scale = jnp.take_along_axis(k_scale, index.reshape(n, -1), axis=1).reshape(index.shape)
+            k_scale = listed(k_scale, index)
     flat_q = _pad_axis(flat_q, 1, max(rows, flat_q.shape[1]))
     flat_k, flat_v = (_pad_axis(x, 1, key_blocks * block_k) for x in (flat_k, flat_v))
     flat_v = jnp.swapaxes(pm.in_operand_order(flat_v), 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -14,7 +15,9 @@ MAX_HEADS = 65_535
 """batch * heads is the z extent of the grid, which CUDA caps."""
 
 
-def attention_refusal(q: Array, implementation: str | None, scale: float, block_q: int, block_k: int) -> str | None:
+def attention_refusal(
+    q: Array | jax.ShapeDtypeStruct, implementation: str | None, scale: float, block_q: int, block_k: int
+) -> str | None:
     """The first reason why no kernel covers this call, or None. The interpreter needs no GPU."""
     b, _, h, dim = q.shape
     if dim not in HEAD_DIMS:

@@ -20,7 +20,7 @@ from pallas_kernels._attention_kernels import HOPPER
 from pallas_kernels._attention_xla import compute_dtype, default_scale
 from pallas_kernels._derivatives import forward_only
 from pallas_kernels._heads import check_qkv, with_largest
-from pallas_kernels._refusals import BLOCKS, HEAD_DIMS, attention_refusal
+from pallas_kernels._refusals import attention_refusal
 from pallas_kernels.block_map import sla_block_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.dispatch import dispatch, gpu_arch
@@ -141,8 +141,10 @@ def rotates_queries(
 ) -> bool:
     """Whether `sparse_linear_attention` is faster for norming and turning q itself (`q_rotary`) than where that is done
     before, if the sums of squares of q's rows are known."""
-    kernel = head_dim in HEAD_DIMS and (block_q, block_k) in BLOCKS and jnp.dtype(dtype).itemsize == 2
-    return kernel and gpu_arch() == HOPPER and implementation != "xla"
+    if gpu_arch() != HOPPER or implementation == "xla":
+        return False
+    q = jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype)
+    return attention_refusal(q, implementation, default_scale(head_dim), block_q, block_k) is None
 
 
 def _differentiated_as(apart: Callable[..., Any], fused: Callable[..., Any]) -> Callable[..., Any]:
