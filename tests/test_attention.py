@@ -10,14 +10,18 @@ import pallas_kernels as kernels
 from turbojax.attention import AttentionConfig, attend
 
 
+def operands(rng, projected):
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 40, 2, 16)), jnp.bfloat16) for _ in range(3))
+    weight, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((16, 16), (16,)))
+    return q, k, v, (weight, bias) if projected else None
+
+
 @pytest.mark.parametrize("kind", ["dense", "sage", "sla", "sagesla"])
 @pytest.mark.parametrize("projected", [False, True])
 def test_the_largest_output_of_each_token(kind, projected):
     """That of what is returned, exactly, and what is returned stays what it is."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 40, 2, 16)), jnp.bfloat16) for _ in range(3))
-    weight, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((16, 16), (16,)))
-    proj_l = (weight, bias) if projected else None
+    q, k, v, proj_l = operands(rng, projected)
     config = AttentionConfig(kind, topk=0.5, block_q=16, block_k=8)
     o, amax = attend(q, k, v, config, proj_l, return_amax=True)
     assert amax.dtype == jnp.float32
@@ -29,9 +33,7 @@ def test_the_largest_output_of_each_token(kind, projected):
 @pytest.mark.parametrize("projected", [False, True])
 def test_every_kind_takes_queries_as_their_product_gave_them(kind, projected):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 40, 2, 16)), jnp.bfloat16) for _ in range(3))
-    weight, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((16, 16), (16,)))
-    proj_l = (weight, bias) if projected else None
+    q, k, v, proj_l = operands(rng, projected)
     shapes = ((2, 40), (32,), (40, 8), (40, 8))
     rotary = kernels.Rotary(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes))
     config = AttentionConfig(kind, topk=0.5, block_q=16, block_k=8)
