@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = list(checks())
     if options.bench:
         cases += [(f"bench rows {shape}", partial(bench_rows, *shape)) for shape in ((32760, 1536), (32760, 5120))]
-        cases += [(f"bench product {shape}", partial(bench_product, *shape)) for shape in (*WAN[:3], WAN[4])]
+        cases += [(f"bench product {shape}", partial(bench_product, *shape)) for shape in WAN]
     if options.sweep:
         cases += [(f"sweep {shape}", partial(sweep_product, *shape)) for shape in (WAN[1], WAN[4])]
     failed = 0

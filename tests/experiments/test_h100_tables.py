@@ -1,6 +1,6 @@
 """The tables of docs/h100.md: what is measured against what, and nothing said of what was not measured."""
 
-from experiments.h100_tables import attention_table, queries_table, rows_table, text_table
+from experiments.h100_tables import attention_table, ends_table, linear_table, queries_table, rows_table, text_table
 
 ATTENTION = [{"name": "cudnn bf16", "ms": 10.0}, {"name": "sage", "ms": 5.0}]
 TEXT = [{"name": "text attention 120 keys", "ms": 0.1}, {"name": "text cudnn bf16 512 keys", "ms": 0.4}]
@@ -36,3 +36,21 @@ def test_folded_prompts_are_told_where_they_were_measured():
     assert "up to 119 tokens" in rows_table({"rows": [row | {"text_rows": 120}]})
     for unfolded in (row, row | {"text_rows": 512}):
         assert "tokens" not in rows_table({"rows": [unfolded]})
+
+
+def test_products_stand_beside_xla_in_bf16():
+    """A way of rounding that a shape does not have is not made up."""
+    case = {"xla_bf16": {"tops": 500.0}, "xla_int8": {"tops": 600.0}, "channels": {"tops": 1000.0}}
+    table = linear_table({"cases": {"bench product (32760, 128, 256)": case, "quantize rows": {}}})
+    assert table.endswith("| 128 -> 256 | 500 | 600 | 1000, 2.00x | - | - | - |\n")
+
+
+def test_ends_of_another_time_are_marked():
+    rows = [
+        {"name": "VAE", "seconds": 1.0},
+        {"name": "VAE, diffusers", "seconds": 2.0, "note": "of an earlier session"},
+    ]
+    table = ends_table({"versions": {}, "rows": rows})
+    assert "| VAE | 1.000 | - | - |" in table
+    assert "| VAE, diffusers | 2.000 \\* | - | - |" in table
+    assert table.endswith("\\* of an earlier session.\n")
