@@ -2,8 +2,8 @@
 
     python -m experiments.h100_tables > docs/h100.md        # a second; reads experiments/h100/*.json
 
-The data come from, each on one GPU and in one run a rung or a row, with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
-(programs compile in half the time) but for the backward:
+The data come from, each on one GPU and in one run a rung or a row (backward.json, linear.json and what is new in
+rows.json and ends.json with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false; of the others that is not recorded):
     python -m turbojax.bench_rows --rungs sla+w8a8 --profile --json rows.json     kernel times go to profile.json
     python -m pallas_kernels.hardware_check --bench --json attention.json
     python -m pallas_kernels.hardware_check --json checks.json                    with hardware_check_backward
